@@ -1,0 +1,267 @@
+"""The messages between backend, arbiter and controller: binary, versioned, bounded.
+
+One message is one packet of a Unix SOCK_SEQPACKET socket, so it arrives whole or not at all and needs no
+framing. Layout, little endian: magic "DS", version u8, kind u8, then the fields of the kind. Strings are a
+u16 length and UTF-8 bytes. GPU% travels in hundredths of a percent. Times are CLOCK_MONOTONIC microseconds,
+which all processes of a host share. A message that does not decode raises WireError and costs its sender
+the connection, nobody else.
+
+This module is shared with the arbiter (dstack_sched.adapters) and knows neither Triton nor the scheduler.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+VERSION = 1
+MAX_MESSAGE_BYTES = 128 * 1024
+MAX_NAME_BYTES = 512
+MAX_LEVELS = 64
+MAX_BATCH_SIZE = 1 << 20
+
+_MAGIC = b"DS"
+_HEAD = struct.Struct("<2sBB")
+_JOIN = struct.Struct("<IhHIIIBB")
+_WORK = struct.Struct("<IQ")
+_DONE = struct.Struct("<QIIIIQ")
+_GRANT = struct.Struct("<QIHQ")
+_SHED = struct.Struct("<Q")
+_WELCOME = struct.Struct("<QH")
+
+
+class WireError(ValueError):
+    """The packet is not a message of this version; the text says which part is wrong."""
+
+
+@dataclass(frozen=True, slots=True)
+class Join:
+    """Backend -> arbiter, first message. gpu -1: a CPU instance. slo_us 0: best effort.
+
+    levels: GPU percentages the instance can take from one batch to the next; empty: gpu_percent only.
+    """
+
+    model: str
+    instance: str
+    pid: int
+    gpu: int
+    gpu_percent: float
+    max_batch_size: int
+    batch_size: int
+    slo_us: int
+    reject_late: bool
+    levels: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Welcome:
+    """Arbiter -> backend, answer to Join. capacity_percent is what all grants together may reach."""
+
+    session: int
+    capacity_percent: float
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Backend -> arbiter: rows waiting now and the most urgent deadline (0 when none waits)."""
+
+    waiting: int
+    earliest_deadline_us: int
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """Arbiter -> backend: run one batch of at most batch_size rows at gpu_percent, before the lease ends."""
+
+    grant_id: int
+    batch_size: int
+    gpu_percent: float
+    lease_until_us: int
+
+
+@dataclass(frozen=True, slots=True)
+class Shed:
+    """Arbiter -> backend: reject waiting rows whose deadline is before this time."""
+
+    deadline_before_us: int
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """Backend -> arbiter: the grant is over. rows 0: it was not used. late: rows past their deadline.
+
+    waiting and earliest_deadline_us are the queue after this batch, as in Work.
+    """
+
+    grant_id: int
+    rows: int
+    late: int
+    run_us: int
+    waiting: int
+    earliest_deadline_us: int
+
+
+@dataclass(frozen=True, slots=True)
+class Leave:
+    """Backend -> arbiter: unloading; no grant is wanted any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Refuse:
+    """Arbiter -> any: why the connection is closed."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Control:
+    """Controller -> arbiter: {"verb": ..., ...}; answered by a Reply."""
+
+    body: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """Arbiter -> controller."""
+
+    body: dict[str, Any]
+
+
+Message: TypeAlias = Join | Welcome | Work | Grant | Shed | Done | Leave | Refuse | Control | Reply
+
+_KIND: dict[type, int] = {
+    Join: 1, Welcome: 2, Work: 3, Grant: 4, Shed: 5, Done: 6, Leave: 7, Refuse: 8, Control: 9, Reply: 10,
+}  # fmt: skip
+
+
+def encode(message: Message) -> bytes:
+    """The packet of a message. Raises WireError where a field is out of its range."""
+    head = _HEAD.pack(_MAGIC, VERSION, _KIND[type(message)])
+    try:
+        packet = head + _body(message)
+    except struct.error as error:
+        raise WireError(f"{type(message).__name__}: field out of range: {error}") from None
+    if len(packet) > MAX_MESSAGE_BYTES:
+        raise WireError(f"{type(message).__name__}: {len(packet)} bytes, at most {MAX_MESSAGE_BYTES}")
+    return packet
+
+
+def _body(message: Message) -> bytes:
+    match message:
+        case Work(waiting, deadline):
+            return _WORK.pack(waiting, deadline)
+        case Grant(grant_id, batch_size, percent, lease):
+            return _GRANT.pack(grant_id, batch_size, _hundredths(percent), lease)
+        case Done(grant_id, rows, late, run_us, waiting, deadline):
+            return _DONE.pack(grant_id, rows, late, run_us, waiting, deadline)
+        case Shed(before):
+            return _SHED.pack(before)
+        case Welcome(session, capacity):
+            return _WELCOME.pack(session, _hundredths(capacity))
+        case Join():
+            fixed = _JOIN.pack(
+                message.pid, message.gpu, _hundredths(message.gpu_percent), message.max_batch_size,
+                message.batch_size, message.slo_us, message.reject_late, len(message.levels),
+            )  # fmt: skip
+            levels = struct.pack(f"<{len(message.levels)}H", *map(_hundredths, message.levels))
+            return fixed + levels + _text(message.model) + _text(message.instance)
+        case Refuse(reason):
+            return _text(reason[: MAX_NAME_BYTES // 4])
+        case Control(body) | Reply(body):
+            return json.dumps(body, separators=(",", ":")).encode()
+    return b""
+
+
+def decode(packet: bytes) -> Message:
+    """The message of a packet. Raises WireError; never anything else, whatever the bytes are."""
+    if len(packet) > MAX_MESSAGE_BYTES:
+        raise WireError(f"packet of {len(packet)} bytes, at most {MAX_MESSAGE_BYTES}")
+    try:
+        magic, version, kind = _HEAD.unpack_from(packet)
+    except struct.error:
+        raise WireError("packet shorter than its header") from None
+    if magic != _MAGIC:
+        raise WireError("not a D-STACK packet (bad magic)")
+    if version != VERSION:
+        raise WireError(f"wire version {version}, this side speaks {VERSION}")
+    try:
+        return _parse(kind, packet, _HEAD.size)
+    except struct.error:
+        raise WireError(f"message kind {kind}: wrong length {len(packet)}") from None
+    except (UnicodeDecodeError, RecursionError, json.JSONDecodeError) as error:
+        raise WireError(f"message kind {kind}: {error}") from None
+
+
+def _parse(kind: int, packet: bytes, at: int) -> Message:
+    match kind:
+        case 3:
+            return Work(*_exact(_WORK, packet, at))
+        case 6:
+            return Done(*_exact(_DONE, packet, at))
+        case 4:
+            grant_id, batch_size, percent, lease = _exact(_GRANT, packet, at)
+            return Grant(grant_id, batch_size, percent / 100, lease)
+        case 5:
+            return Shed(*_exact(_SHED, packet, at))
+        case 2:
+            session, capacity = _exact(_WELCOME, packet, at)
+            return Welcome(session, capacity / 100)
+        case 1:
+            return _parse_join(packet, at)
+        case 7:
+            return Leave()
+        case 8:
+            return Refuse(_take_text(packet, at)[0])
+        case 9 | 10:
+            body = json.loads(packet[at:])
+            if not isinstance(body, dict):
+                raise WireError(f"message kind {kind}: a JSON object is wanted")
+            return Control(body) if kind == 9 else Reply(body)
+    raise WireError(f"unknown message kind {kind}")
+
+
+def _parse_join(packet: bytes, at: int) -> Join:
+    pid, gpu, percent, max_batch, batch, slo_us, reject, count = _JOIN.unpack_from(packet, at)
+    if count > MAX_LEVELS:
+        raise WireError(f"join: {count} levels, at most {MAX_LEVELS}")
+    at += _JOIN.size
+    levels = struct.unpack_from(f"<{count}H", packet, at)
+    model, at = _take_text(packet, at + 2 * count)
+    instance, at = _take_text(packet, at)
+    if at != len(packet) or not model or not instance:
+        raise WireError("join: model and instance names are wanted, and nothing after them")
+    if not 0 < percent <= 10_000 or any(not 0 < level <= 10_000 for level in levels):
+        raise WireError("join: GPU% must be in (0, 100]")
+    if not 1 <= batch <= max_batch <= MAX_BATCH_SIZE:
+        raise WireError(f"join: 1 <= batch_size <= max_batch_size <= {MAX_BATCH_SIZE} is wanted")
+    return Join(
+        model, instance, pid, gpu, percent / 100, max_batch, batch, slo_us, bool(reject),
+        tuple(level / 100 for level in levels),
+    )  # fmt: skip
+
+
+def _exact(layout: struct.Struct, packet: bytes, at: int) -> tuple[Any, ...]:
+    if len(packet) != at + layout.size:
+        raise struct.error
+    return layout.unpack_from(packet, at)
+
+
+def _hundredths(percent: float) -> int:
+    return round(percent * 100)
+
+
+def _text(value: str) -> bytes:
+    data = value.encode()
+    if len(data) > MAX_NAME_BYTES:
+        raise WireError(f"name of {len(data)} bytes, at most {MAX_NAME_BYTES}")
+    return struct.pack("<H", len(data)) + data
+
+
+def _take_text(packet: bytes, at: int) -> tuple[str, int]:
+    (length,) = struct.unpack_from("<H", packet, at)
+    end = at + 2 + length
+    if length > MAX_NAME_BYTES or end > len(packet):
+        raise WireError("string longer than its packet or the limit")
+    return packet[at + 2 : end].decode(), end

@@ -1,0 +1,5 @@
+"""`python -m dstack_sched` is `dstackctl`."""
+
+from dstack_sched.cli import main
+
+main()

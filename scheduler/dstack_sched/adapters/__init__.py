@@ -1,0 +1,1 @@
+"""Triton, NVML, MPS, files, sockets, processes. Adapters translate and never decide."""

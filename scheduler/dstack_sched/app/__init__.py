@@ -1,0 +1,1 @@
+"""Use cases over ports: profile, plan, apply, control loop, arbiter service."""

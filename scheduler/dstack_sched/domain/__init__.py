@@ -1,0 +1,1 @@
+"""Frozen records that every other package shares. Units are in the names."""

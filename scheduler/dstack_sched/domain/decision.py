@@ -1,0 +1,44 @@
+"""What the engine answers: decide first, act later."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """Run one batch of at most `batch_size` rows at `gpu_percent`; the share returns at `lease_until_us`."""
+
+    instance: str
+    grant_id: int
+    gpu_percent: float
+    batch_size: int
+    lease_until_us: int
+
+
+@dataclass(frozen=True, slots=True)
+class Shed:
+    """Reject the waiting rows whose deadline is before `deadline_before_us`: they cannot make it."""
+
+    instance: str
+    deadline_before_us: int
+
+
+@dataclass(frozen=True, slots=True)
+class SetTimer:
+    """Send TimerFired at `at_us`. Replaces the timer set before."""
+
+    at_us: int
+
+
+@dataclass(frozen=True, slots=True)
+class Overload:
+    """The engine could not keep a promise to this model: reported, counted, logged."""
+
+    model: str
+    reason: str
+    waited_us: int
+
+
+Decision: TypeAlias = Grant | Shed | SetTimer | Overload

@@ -1,0 +1,99 @@
+"""What the engine is told. All times are CLOCK_MONOTONIC microseconds of the host (or of the simulation).
+
+An `instance` is one running copy of a model (one Triton model instance, one stub process), named uniquely.
+`waiting` counts rows (batch items), not requests: a request of batch 4 is 4 rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from dstack_sched.domain.workload import OnLate
+
+
+@dataclass(frozen=True, slots=True)
+class BackendJoined:
+    """An instance is ready to run. `levels`: GPU percentages it can take from one batch to the next;
+    a single value means it can run at that share only. `slo_us` 0 marks a best-effort model."""
+
+    instance: str
+    model: str
+    gpu_percent: float
+    levels: tuple[float, ...]
+    max_batch_size: int
+    batch_size: int
+    slo_us: int
+    on_late: OnLate
+
+
+@dataclass(frozen=True, slots=True)
+class BackendLeft:
+    """The instance unloaded, died, or its connection broke. Its grants end now."""
+
+    instance: str
+
+
+@dataclass(frozen=True, slots=True)
+class WorkQueued:
+    """The state of an instance's queue, absolute, not a delta: repeating it is harmless.
+
+    earliest_deadline_us is that of the most urgent waiting row; 0 when waiting is 0.
+    """
+
+    instance: str
+    waiting: int
+    earliest_deadline_us: int
+
+
+@dataclass(frozen=True, slots=True)
+class BatchFinished:
+    """A granted batch ended (rows 0: the grant was not used). run_us: its time on the device.
+
+    Carries the queue's state after it, so that one message both ends a grant and asks for the next.
+    """
+
+    instance: str
+    grant_id: int
+    rows: int
+    run_us: int
+    waiting: int
+    earliest_deadline_us: int
+
+
+@dataclass(frozen=True, slots=True)
+class EngineModel:
+    """What the engine knows of a model: its plan and its latency surface as a table.
+
+    latency_ms[i][j] is f at gpu_percents[i], batch_sizes[j] (both ascending); it may be empty when no
+    profile exists, then the engine learns from run times. `weight` is the fairness weight.
+    interference: k_m of f' = f (1 + sum over co-runners of k_m p), per percent of GPU% of this model.
+    """
+
+    name: str
+    gpu_percent: float
+    batch_size: int
+    slo_us: int
+    weight: float
+    on_late: OnLate
+    knee_percent: float
+    gpu_percents: tuple[float, ...] = ()
+    batch_sizes: tuple[int, ...] = ()
+    latency_ms: tuple[tuple[float, ...], ...] = ()
+    interference_per_percent: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class PlanChanged:
+    """New plan for this GPU; takes effect at the next grant. capacity_percent is 100 x oversubscription."""
+
+    capacity_percent: float
+    models: tuple[EngineModel, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TimerFired:
+    """The time asked for by the last SetTimer has come."""
+
+
+Event: TypeAlias = BackendJoined | BackendLeft | WorkQueued | BatchFinished | PlanChanged | TimerFired

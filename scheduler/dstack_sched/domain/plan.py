@@ -1,0 +1,46 @@
+"""What the controller decided: for each model a GPU, a GPU% and a batch size."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class Replica:
+    """One instance of a model: on which GPU, with how much of it, taking which share of the rate."""
+
+    gpu: int
+    gpu_percent: float
+    rate_per_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class ModelPlan:
+    """One model's row of plan.json. `replicas` has one entry a GPU; `gpu`, `gpu_percent` repeat the first.
+
+    latency_ms: predicted f(p, b) with co-runners; throughput_per_s: of all replicas running back to back;
+    efficacy: b / (p f^2) in 1/(percent ms^2); utilization: rate / throughput.
+    """
+
+    gpu: int
+    gpu_percent: float
+    batch_size: int
+    max_queue_delay_us: int
+    latency_ms: float
+    throughput_per_s: float
+    efficacy: float
+    knee_percent: float
+    utilization: float
+    replicas: tuple[Replica, ...] = field(default=())
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The content of a plan.json. `headroom`: largest factor on all rates that still fits."""
+
+    capacity_percent: float
+    gpus: tuple[str, ...]
+    models: dict[str, ModelPlan]
+    feasible: bool
+    binding: tuple[str, ...]
+    headroom: float

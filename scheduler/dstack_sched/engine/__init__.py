@@ -1,0 +1,1 @@
+"""The spatio-temporal scheduler and its rivals: handle(event, now_us) -> decisions."""

@@ -1,0 +1,37 @@
+"""One root for every error that a user can cause or mend.
+
+The command line prints `str(error)` as one line and exits with `exit_status`; anything that is not a
+DstackError is a defect and shows its traceback.
+"""
+
+
+class DstackError(Exception):
+    """Base: one line that names the thing, what was wanted, and the mend."""
+
+    exit_status = 2
+
+
+class InputError(DstackError):
+    """A config, model, profile, workload, plan or option cannot be used as it is."""
+
+
+class MachineError(DstackError):
+    """A part of the machine is missing or busy: server, stub, port, GPU, provider."""
+
+
+class InfeasibleError(DstackError):
+    """The thing asked for cannot be had: which model, which limit, how much would fit."""
+
+    exit_status = 1
+
+
+class ServerError(DstackError):
+    """Triton refused or failed a request of ours; the old state is back in force."""
+
+    exit_status = 1
+
+
+class SolverError(DstackError):
+    """The optimiser stopped without an answer although the problem looks feasible (numerical failure)."""
+
+    exit_status = 1

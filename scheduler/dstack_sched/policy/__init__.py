@@ -1,0 +1,1 @@
+"""Pure mathematics: latency model, knee, batch program, placement, bounds."""

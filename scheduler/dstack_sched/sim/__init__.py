@@ -1,0 +1,1 @@
+"""Discrete-event simulator: arrivals and a GPU model drive the very same engine."""
