@@ -24,12 +24,13 @@ MAX_BATCH_SIZE = 1 << 20
 
 _MAGIC = b"DS"
 _HEAD = struct.Struct("<2sBB")
-_JOIN = struct.Struct("<IhHIIIBB")
+_JOIN = struct.Struct("<IhHIIIHQBB")
 _WORK = struct.Struct("<IQ")
 _DONE = struct.Struct("<QIIIIQ")
 _GRANT = struct.Struct("<QIHQ")
 _SHED = struct.Struct("<Q")
 _WELCOME = struct.Struct("<QH")
+_PING = struct.Struct("<Q")
 
 
 class WireError(ValueError):
@@ -41,6 +42,9 @@ class Join:
     """Backend -> arbiter, first message. gpu -1: a CPU instance. slo_us 0: best effort.
 
     levels: GPU percentages the instance can take from one batch to the next; empty: gpu_percent only.
+    running_percent, running_until_us: a batch that runs ungranted while joining (after the arbiter was away)
+    and when it should end, so that the arbiter counts its share; 0 and 0 when idle. Its end is reported by
+    Done with grant_id 0.
     """
 
     model: str
@@ -53,6 +57,8 @@ class Join:
     slo_us: int
     reject_late: bool
     levels: tuple[float, ...] = ()
+    running_percent: float = 0.0
+    running_until_us: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +115,20 @@ class Leave:
 
 
 @dataclass(frozen=True, slots=True)
+class Ping:
+    """Any -> arbiter: are you there? An arbiter that is stopped keeps its sockets open and does not answer."""
+
+    nonce: int
+
+
+@dataclass(frozen=True, slots=True)
+class Pong:
+    """Arbiter -> any, answer to Ping, with its nonce."""
+
+    nonce: int
+
+
+@dataclass(frozen=True, slots=True)
 class Refuse:
     """Arbiter -> any: why the connection is closed."""
 
@@ -129,10 +149,13 @@ class Reply:
     body: dict[str, Any]
 
 
-Message: TypeAlias = Join | Welcome | Work | Grant | Shed | Done | Leave | Refuse | Control | Reply
+Message: TypeAlias = (
+    Join | Welcome | Work | Grant | Shed | Done | Leave | Refuse | Control | Reply | Ping | Pong
+)
 
 _KIND: dict[type, int] = {
     Join: 1, Welcome: 2, Work: 3, Grant: 4, Shed: 5, Done: 6, Leave: 7, Refuse: 8, Control: 9, Reply: 10,
+    Ping: 11, Pong: 12,
 }  # fmt: skip
 
 
@@ -141,7 +164,9 @@ def encode(message: Message) -> bytes:
     head = _HEAD.pack(_MAGIC, VERSION, _KIND[type(message)])
     try:
         packet = head + _body(message)
-    except struct.error as error:
+    except WireError:
+        raise
+    except (struct.error, ValueError, OverflowError, TypeError, RecursionError) as error:
         raise WireError(f"{type(message).__name__}: field out of range: {error}") from None
     if len(packet) > MAX_MESSAGE_BYTES:
         raise WireError(f"{type(message).__name__}: {len(packet)} bytes, at most {MAX_MESSAGE_BYTES}")
@@ -163,14 +188,17 @@ def _body(message: Message) -> bytes:
         case Join():
             fixed = _JOIN.pack(
                 message.pid, message.gpu, _hundredths(message.gpu_percent), message.max_batch_size,
-                message.batch_size, message.slo_us, message.reject_late, len(message.levels),
+                message.batch_size, message.slo_us, _hundredths(message.running_percent),
+                message.running_until_us, message.reject_late, len(message.levels),
             )  # fmt: skip
             levels = struct.pack(f"<{len(message.levels)}H", *map(_hundredths, message.levels))
             return fixed + levels + _text(message.model) + _text(message.instance)
+        case Ping(nonce) | Pong(nonce):
+            return _PING.pack(nonce)
         case Refuse(reason):
             return _text(reason[: MAX_NAME_BYTES // 4])
         case Control(body) | Reply(body):
-            return json.dumps(body, separators=(",", ":")).encode()
+            return json.dumps(body, separators=(",", ":"), allow_nan=False).encode()
     return b""
 
 
@@ -188,9 +216,11 @@ def decode(packet: bytes) -> Message:
         raise WireError(f"wire version {version}, this side speaks {VERSION}")
     try:
         return _parse(kind, packet, _HEAD.size)
+    except WireError:
+        raise
     except struct.error:
         raise WireError(f"message kind {kind}: wrong length {len(packet)}") from None
-    except (UnicodeDecodeError, RecursionError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # UTF-8, JSON, integers of absurd length
         raise WireError(f"message kind {kind}: {error}") from None
 
 
@@ -210,12 +240,21 @@ def _parse(kind: int, packet: bytes, at: int) -> Message:
             return Welcome(session, capacity / 100)
         case 1:
             return _parse_join(packet, at)
+        case 11:
+            return Ping(*_exact(_PING, packet, at))
+        case 12:
+            return Pong(*_exact(_PING, packet, at))
         case 7:
+            if len(packet) != at:
+                raise struct.error
             return Leave()
         case 8:
-            return Refuse(_take_text(packet, at)[0])
+            reason, end = _take_text(packet, at)
+            if len(packet) != end:
+                raise struct.error
+            return Refuse(reason)
         case 9 | 10:
-            body = json.loads(packet[at:])
+            body = json.loads(packet[at:], parse_constant=_no_constant)
             if not isinstance(body, dict):
                 raise WireError(f"message kind {kind}: a JSON object is wanted")
             return Control(body) if kind == 9 else Reply(body)
@@ -223,7 +262,8 @@ def _parse(kind: int, packet: bytes, at: int) -> Message:
 
 
 def _parse_join(packet: bytes, at: int) -> Join:
-    pid, gpu, percent, max_batch, batch, slo_us, reject, count = _JOIN.unpack_from(packet, at)
+    fixed = _JOIN.unpack_from(packet, at)
+    pid, gpu, percent, max_batch, batch, slo_us, running, running_until_us, reject, count = fixed
     if count > MAX_LEVELS:
         raise WireError(f"join: {count} levels, at most {MAX_LEVELS}")
     at += _JOIN.size
@@ -234,11 +274,13 @@ def _parse_join(packet: bytes, at: int) -> Join:
         raise WireError("join: model and instance names are wanted, and nothing after them")
     if not 0 < percent <= 10_000 or any(not 0 < level <= 10_000 for level in levels):
         raise WireError("join: GPU% must be in (0, 100]")
+    if running > 10_000:
+        raise WireError("join: the GPU% of the running batch must be in [0, 100]")
     if not 1 <= batch <= max_batch <= MAX_BATCH_SIZE:
         raise WireError(f"join: 1 <= batch_size <= max_batch_size <= {MAX_BATCH_SIZE} is wanted")
     return Join(
         model, instance, pid, gpu, percent / 100, max_batch, batch, slo_us, bool(reject),
-        tuple(level / 100 for level in levels),
+        tuple(level / 100 for level in levels), running / 100, running_until_us,
     )  # fmt: skip
 
 
@@ -246,6 +288,10 @@ def _exact(layout: struct.Struct, packet: bytes, at: int) -> tuple[Any, ...]:
     if len(packet) != at + layout.size:
         raise struct.error
     return layout.unpack_from(packet, at)
+
+
+def _no_constant(name: str) -> None:
+    raise WireError(f"JSON has no number {name}")
 
 
 def _hundredths(percent: float) -> int:
