@@ -116,7 +116,7 @@ class Leave:
 
 @dataclass(frozen=True, slots=True)
 class Ping:
-    """Any -> arbiter: are you there? An arbiter that is stopped keeps its sockets open and does not answer."""
+    """Any -> arbiter: are you there? A stopped arbiter keeps its sockets open, but does not answer."""
 
     nonce: int
 

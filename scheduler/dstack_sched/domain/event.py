@@ -15,7 +15,11 @@ from dstack_sched.domain.workload import OnLate
 @dataclass(frozen=True, slots=True)
 class BackendJoined:
     """An instance is ready to run. `levels`: GPU percentages it can take from one batch to the next;
-    a single value means it can run at that share only. `slo_us` 0 marks a best-effort model."""
+    a single value means it can run at that share only. `slo_us` 0 marks a best-effort model.
+
+    running_percent, running_until_us: a batch it runs right now without a grant (it joins again after the
+    arbiter was away) and when that should end; its share counts as granted, under grant id 0, until
+    BatchFinished(grant_id=0) or, at the latest, a lease from that end. 0 and 0 when idle."""
 
     instance: str
     model: str
@@ -25,6 +29,8 @@ class BackendJoined:
     batch_size: int
     slo_us: int
     on_late: OnLate
+    running_percent: float = 0.0
+    running_until_us: int = 0
 
 
 @dataclass(frozen=True, slots=True)
