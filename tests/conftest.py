@@ -24,7 +24,7 @@ _guarded_test: str | None = None
 
 
 def _audit(event: str, args: tuple) -> None:
-    """An audit hook sees every door to the world, however reached; it cannot be removed, so it is switched."""
+    """An audit hook sees every door to the world, however reached; not removable, so switched."""
     if _guarded_test is None:
         return
     what = FORBIDDEN_EVENTS.get(event)

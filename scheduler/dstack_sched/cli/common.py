@@ -53,7 +53,7 @@ TritonServerOption = Annotated[
     typer.Option(
         "--tritonserver",
         metavar="PATH",
-        help="Triton's install directory or binary; default: /opt/tritonserver, else the nvidia-pytriton wheel.",
+        help="Triton's directory or binary; default: /opt/tritonserver, else the nvidia-pytriton wheel.",
     ),
 ]
 
