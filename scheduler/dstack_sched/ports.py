@@ -34,7 +34,9 @@ class ModelServer(Protocol):
 
 
 class ProfileStore(Protocol):
-    """Profiles kept by model hash and device. Errors: InputError for a file that cannot be used."""
+    """Profiles kept by model hash and device; co-run members are named by hash here.
+
+    Errors: InputError for a file that cannot be used."""
 
     def get(self, sha256: str, device: Device) -> ModelProfile | None: ...
     def put(self, profile: ModelProfile, device: Device) -> None: ...
