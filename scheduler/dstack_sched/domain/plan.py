@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from dstack_sched.domain.workload import OnLate
+
 
 @dataclass(frozen=True, slots=True)
 class Replica:
@@ -20,6 +22,8 @@ class ModelPlan:
 
     latency_ms: predicted f(p, b) with co-runners; throughput_per_s: of all replicas running back to back;
     efficacy: b / (p f^2) in 1/(percent ms^2); utilization: rate / throughput.
+    slo_ms, rate_per_s, weight and on_late repeat the demand planned for, so that a plan can be applied by
+    itself; slo_ms None: best effort.
     """
 
     gpu: int
@@ -32,6 +36,10 @@ class ModelPlan:
     knee_percent: float
     utilization: float
     replicas: tuple[Replica, ...] = field(default=())
+    slo_ms: float | None = None
+    rate_per_s: float = 0.0
+    weight: float = 1.0
+    on_late: OnLate = OnLate.SERVE
 
 
 @dataclass(frozen=True, slots=True)
