@@ -1,0 +1,153 @@
+"""A running Triton over gRPC: ports.ModelServer. HTTP loads can stall inference, so control is gRPC only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import tritonclient.grpc as triton
+from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.message import Message
+from tritonclient.utils import InferenceServerException
+
+from dstack_sched.errors import MachineError, ServerError
+
+CALL_TIMEOUT_S = 10.0
+LOAD_TIMEOUT_S = 600.0  # large models read their weights here
+T = TypeVar("T")
+
+
+class TritonClient:
+    """One connection; safe to use from several threads. Close it, or use it as a context manager.
+
+    url: HOST:PORT of the gRPC endpoint. headers: sent with each call (an admin token, say). tls_*: PEM files;
+    any of them turns TLS on. Errors: ServerError with Triton's own words.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        headers: Mapping[str, str] | None = None,
+        tls_root_certificates: str | None = None,
+        tls_private_key: str | None = None,
+        tls_certificate_chain: str | None = None,
+    ) -> None:
+        self.url = url
+        self._headers = dict(headers) if headers else None
+        self._client = triton.InferenceServerClient(
+            url,
+            ssl=any((tls_root_certificates, tls_private_key, tls_certificate_chain)),
+            root_certificates=tls_root_certificates,
+            private_key=tls_private_key,
+            certificate_chain=tls_certificate_chain,
+        )
+
+    def __enter__(self) -> TritonClient:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._client.close()
+
+    def require_ready(self) -> None:
+        """Errors: MachineError when no Triton answers there, or it is not ready."""
+        if not self.is_ready():
+            raise MachineError(
+                f"no Triton answers at {self.url} (gRPC); start one (dstackctl serve) or give --url HOST:PORT"
+            )
+
+    def is_ready(self) -> bool:
+        """Whether the server answers and is ready; never raises."""
+        try:
+            return bool(self._client.is_server_ready(headers=self._headers, client_timeout=CALL_TIMEOUT_S))
+        except InferenceServerException:
+            return False
+
+    def metadata(self) -> dict[str, Any]:
+        """Server name, version, extensions."""
+        return self._ask("server metadata", self._client.get_server_metadata)
+
+    def models(self) -> dict[str, str]:
+        """Model -> state of its best version: READY, LOADING, UNLOADING, UNAVAILABLE (or never loaded)."""
+        answer = self._call("the repository index", self._client.get_model_repository_index, CALL_TIMEOUT_S)
+        order = ("UNAVAILABLE", "UNLOADING", "LOADING", "READY")
+        states: dict[str, str] = {}
+        for entry in answer.models:
+            state = entry.state or "UNAVAILABLE"
+            states[entry.name] = max(states.get(entry.name, state), state, key=order.index)
+        return states
+
+    def is_model_ready(self, model: str) -> bool:
+        """Whether the model can take requests; False for an unknown one."""
+        try:
+            return bool(
+                self._client.is_model_ready(model, headers=self._headers, client_timeout=CALL_TIMEOUT_S)
+            )
+        except InferenceServerException:
+            return False
+
+    def model_metadata(self, model: str) -> dict[str, Any]:
+        """Inputs and outputs as clients see them, with the batch dimension."""
+        return self._ask(f"{model}: metadata", self._client.get_model_metadata, model)
+
+    def config(self, model: str) -> dict[str, Any]:
+        """The configuration in force, auto-completed fields included. Enums are names, int64 are ints."""
+        return dict(self._ask(f"{model}: config", self._client.get_model_config, model)["config"])
+
+    def statistics(self, model: str = "") -> dict[str, Any]:
+        """{"model_stats": [one entry a model and version]}; durations in ns. No name: all models."""
+        return self._ask(f"{model}: statistics", self._client.get_inference_statistics, model)
+
+    def load(self, model: str) -> None:
+        """Load or reload from disk; returns when the new version serves. A failed load leaves the old one."""
+        self._call(f"{model}: load", self._client.load_model, LOAD_TIMEOUT_S, model)
+
+    def unload(self, model: str) -> None:
+        """Stop serving; returns before the model is gone from memory."""
+        self._call(f"{model}: unload", self._client.unload_model, LOAD_TIMEOUT_S, model)
+
+    def _ask(self, what: str, call: Callable[..., Message], *args: Any) -> dict[str, Any]:
+        return message_to_dict(self._call(what, call, CALL_TIMEOUT_S, *args))
+
+    def _call(self, what: str, call: Callable[..., T], timeout_s: float, *args: Any) -> T:
+        try:
+            return call(*args, headers=self._headers, client_timeout=timeout_s)
+        except InferenceServerException as error:
+            raise ServerError(f"Triton at {self.url}: {what} failed: {one_line(error)}") from error
+
+
+def one_line(error: InferenceServerException) -> str:
+    """Triton's message without line breaks."""
+    return " ".join(str(error.message() or error).split())
+
+
+def message_to_dict(message: Message) -> dict[str, Any]:
+    """A protobuf message as plain values: defaults included, enums by name, int64 as int (not text)."""
+    result: dict[str, Any] = {}
+    for field in message.DESCRIPTOR.fields:
+        value = getattr(message, field.name)
+        if field.message_type is not None and field.message_type.GetOptions().map_entry:
+            result[field.name] = {key: plain(value[key]) for key in value}
+        elif is_repeated(field):
+            result[field.name] = [plain(each, field) for each in value]
+        elif field.message_type is None or message.HasField(field.name):
+            result[field.name] = plain(value, field)
+    return result
+
+
+def is_repeated(field: FieldDescriptor) -> bool:
+    """`label` is deprecated in newer protobuf, `is_repeated` absent in older."""
+    repeated = getattr(field, "is_repeated", None)
+    return bool(repeated if repeated is not None else field.label == FieldDescriptor.LABEL_REPEATED)
+
+
+def plain(value: Any, field: FieldDescriptor | None = None) -> Any:
+    if isinstance(value, Message):
+        return message_to_dict(value)
+    if field is not None and field.enum_type is not None:
+        known = field.enum_type.values_by_number.get(value)
+        return known.name if known is not None else value
+    return value
