@@ -1,0 +1,278 @@
+"""Measure one model at one GPU% with the backend's own runtime: a worker the profiler talks to.
+
+    python -m dstack_backend.measure MODEL.onnx --provider cuda --gpu-percent 40
+
+GPU% is fixed for the life of a process (MPS fixes it when the CUDA context is made), so the profiler runs one
+worker a GPU%. Worker and profiler exchange JSON, one object a line: commands on stdin, answers on stdout.
+
+    (starts)                                       <- {"ready": true, "device": {...}, ...}
+    {"do": "measure", "batch_size": 8, "cap_s": 1} <- {"latency_ms_p50": ..., "latency_ms_p99": ..., ...}
+    {"do": "loop", "batch_size": 8}                <- {"looping": true}    runs back to back from now on
+    {"do": "mark"}                                 <- {"marked": true}     counts from here
+    {"do": "stop"}                                 <- as measure, and "throughput_per_s"
+    {"do": "used"}                                 <- {"device_used_bytes": ...}    of all processes
+    {"do": "exit"}, or the end of stdin               ends
+
+A failure is answered by {"error": "one line"}; one that makes the worker useless also ends it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+
+from dstack_backend.synthetic import TensorSpec, feeds
+
+WARM_UP_S = 0.15  # an idle GPU runs at a fraction of its clock; it needs some load to come up
+MIN_WARM_UP_RUNS = 3
+MIN_SAMPLES = 15
+MAX_SAMPLES = 400
+SETTLED = 0.01  # relative half-width of the median's confidence interval at which measuring ends
+
+
+def half_width(samples_ms: Sequence[float]) -> float:
+    """Relative half-width of the 95% confidence interval of the median, from order statistics."""
+    ordered = np.sort(samples_ms)
+    n = ordered.size
+    reach = 0.98 * np.sqrt(n)
+    low, high = int(max(0, np.floor(n / 2 - reach))), int(min(n - 1, np.ceil(n / 2 + reach)))
+    return float((ordered[high] - ordered[low]) / 2 / np.median(ordered))
+
+
+def drift(samples_ms: Sequence[float]) -> float:
+    """Relative difference between the medians of the first and the second half: a clock still coming up."""
+    half = len(samples_ms) // 2
+    first, second = float(np.median(samples_ms[:half])), float(np.median(samples_ms[half:]))
+    return abs(first - second) / max(first, second)
+
+
+def summary(samples_ms: Sequence[float]) -> dict[str, Any]:
+    """Median and 99th percentile of single-run latencies, in ms."""
+    return {
+        "latency_ms_p50": float(np.median(samples_ms)),
+        "latency_ms_p99": float(np.percentile(samples_ms, 99, method="higher")),
+        "samples": len(samples_ms),
+    }
+
+
+def sample(
+    run: Callable[[], object], cap_s: float, clock: Callable[[], float] = time.perf_counter
+) -> list[float]:
+    """Latencies in ms of `run`, warmed up, until the median has settled, at most for about `cap_s` seconds.
+
+    Slow models get fewer samples, at least one. Earlier samples are dropped while the clock still drifts.
+    """
+    started = clock()
+    warm_ups = 0
+    while warm_ups == 0 or (
+        (warm_ups < MIN_WARM_UP_RUNS or clock() - started < WARM_UP_S) and clock() - started < cap_s / 3
+    ):
+        run()
+        warm_ups += 1
+    taken: list[float] = []
+    while not taken or (clock() - started < cap_s and len(taken) < MAX_SAMPLES):
+        before = clock()
+        run()
+        taken.append((clock() - before) * 1e3)
+        if len(taken) >= MIN_SAMPLES and len(taken) % 5 == 0 and half_width(taken) < SETTLED:
+            if drift(taken) < 2 * SETTLED:
+                break
+            taken = taken[len(taken) // 2 :]
+    return taken
+
+
+class Worker:
+    """Holds one session and answers commands. memory_bytes: what the process holds now, asked after a run."""
+
+    def __init__(
+        self,
+        session: Any,
+        shapes: Mapping[str, Sequence[int]],
+        memory_bytes: Callable[[], int | None],
+        device_used_bytes: Callable[[], int | None],
+    ) -> None:
+        self._session = session
+        self._specs = [TensorSpec(t[0], t[1], tuple(t[2])) for t in session.inputs]
+        self._shapes = shapes
+        self._memory_bytes = memory_bytes
+        self._device_used_bytes = device_used_bytes
+        self._loop: Loop | None = None
+
+    def answer(self, command: Mapping[str, Any]) -> dict[str, Any]:
+        """One answer a command. Errors: ValueError for a command that makes no sense now."""
+        what = command.get("do")
+        if what == "measure":
+            run = self._runner(int(command["batch_size"]))
+            return {
+                **summary(sample(run, float(command.get("cap_s", 1.0)))),
+                "memory_bytes": self._memory_bytes(),
+            }
+        if what == "used":
+            return {"device_used_bytes": self._device_used_bytes()}
+        if what == "loop":
+            if self._loop:
+                raise ValueError("already looping")
+            self._loop = Loop(self._runner(int(command["batch_size"])), int(command["batch_size"]))
+            return {"looping": True}
+        if what in ("mark", "stop"):
+            if not self._loop:
+                raise ValueError(f"{what}: no loop is running")
+            if what == "mark":
+                self._loop.mark()
+                return {"marked": True}
+            loop, self._loop = self._loop, None
+            return loop.stop()
+        raise ValueError(f"unknown command {what!r}")
+
+    def _runner(self, batch_size: int) -> Callable[[], object]:
+        batch = feeds(self._specs, batch_size, self._shapes)
+        return lambda: self._session.run(batch, None)
+
+
+class Loop:
+    """Runs back to back in a thread, for models measured side by side."""
+
+    def __init__(self, run: Callable[[], object], batch_size: int) -> None:
+        self._run, self._batch_size = run, batch_size
+        self._ends_s: list[float] = []
+        self._marked_s: float | None = None
+        self._failure: Exception | None = None
+        self._stop = threading.Event()
+        run()
+        self._thread = threading.Thread(target=self._go, name="closed-loop", daemon=True)
+        self._thread.start()
+
+    def mark(self) -> None:
+        """Runs that end from now on count."""
+        self._marked_s = time.perf_counter()
+
+    def stop(self) -> dict[str, Any]:
+        """End the loop; latency and rows per second since the mark."""
+        ended_s = time.perf_counter()
+        self._stop.set()
+        self._thread.join()
+        if self._failure:
+            raise self._failure
+        marked_s = self._marked_s or 0.0
+        ends = np.array([end for end in self._ends_s if end <= ended_s])
+        spans_ms = np.diff(ends)[ends[1:] > marked_s] * 1e3
+        if not spans_ms.size:
+            raise ValueError("no batch ran from start to end while measuring: measure for longer")
+        rows_per_s = self._batch_size * 1e3 / float(spans_ms.mean())
+        return {**summary(spans_ms.tolist()), "throughput_per_s": rows_per_s}
+
+    def _go(self) -> None:
+        try:
+            while not self._stop.is_set():
+                self._run()
+                self._ends_s.append(time.perf_counter())
+        except Exception as error:  # reported by stop(), in the thread that asked
+            self._failure = error
+
+
+def memory_bytes(provider: str, device_id: int) -> int | None:
+    """What this process holds: on a GPU its device memory where the driver tells, else host memory."""
+    if provider == "cuda":
+        from dstack_backend.device import gpu_memory_of_process
+
+        return gpu_memory_of_process(device_id, os.getpid())
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def device_used_bytes(provider: str, device_id: int) -> int | None:
+    """Device memory in use by all processes; the profiler's fallback where the driver tells no more."""
+    if provider == "cuda":
+        from dstack_backend.device import gpu_memory_used
+
+        return gpu_memory_used(device_id)
+    return None
+
+
+def parse_shape(text: str) -> tuple[str, tuple[int, ...]]:
+    """NAME:D1,D2,... as perf_analyzer takes it: the dimensions of an input without the batch."""
+    name, _, dims = text.rpartition(":")
+    try:
+        shape = tuple(int(dim) for dim in dims.split(",")) if dims else ()
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text}: wanted NAME:D1,D2,... with whole numbers") from None
+    if not name or any(dim < 1 for dim in shape):
+        raise argparse.ArgumentTypeError(f"{text}: wanted NAME:D1,D2,... with whole numbers of at least 1")
+    return name, shape
+
+
+def serve(worker: Worker, commands: TextIO, answers: TextIO) -> None:
+    """Answer commands until `exit` or the end of the input."""
+    for line in commands:
+        try:
+            command = json.loads(line)
+            if command.get("do") == "exit":
+                return
+            reply = worker.answer(command)
+        except Exception as error:  # every failure is the asker's to judge: it travels as one line
+            reply = {"error": " ".join(f"{type(error).__name__}: {error}".split())}
+        say(answers, reply)
+
+
+def say(answers: TextIO, reply: Mapping[str, Any]) -> None:
+    answers.write(json.dumps(reply) + "\n")
+    answers.flush()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; exit status 2 when the model cannot be loaded (the reason went out as an answer)."""
+    parser = argparse.ArgumentParser(prog="python -m dstack_backend.measure", description="Profiling worker.")
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--provider", choices=["cpu", "cuda"], required=True)
+    parser.add_argument("--gpu-percent", type=float, default=100.0)
+    parser.add_argument("--device-id", type=int, default=0)
+    parser.add_argument("--shape", type=parse_shape, action="append", default=[], metavar="NAME:D1,D2,...")
+    options = parser.parse_args(arguments)
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # libraries that print must not break the protocol
+    started_s = time.perf_counter()
+    try:
+        from dstack_backend.device import identity
+        from dstack_backend.runtime import load_session
+
+        used_before = device_used_bytes(options.provider, options.device_id)
+        session = load_session(
+            options.model,
+            provider=options.provider,
+            gpu_percent=options.gpu_percent,
+            device_id=options.device_id,
+        )
+        holds = partial(memory_bytes, options.provider, options.device_id)
+        used = partial(device_used_bytes, options.provider, options.device_id)
+        worker = Worker(session, dict(options.shape), holds, used)
+        device = identity(options.provider, options.device_id)
+    except Exception as error:
+        say(answers, {"error": " ".join(f"{type(error).__name__}: {error}".split())})
+        return 2
+    say(
+        answers,
+        {
+            "ready": True,
+            "device": device,
+            "memory_bytes": holds(),
+            "device_used_before_bytes": used_before,
+            "inputs": [[name, dtype, list(shape)] for name, dtype, shape in session.inputs],
+            "load_s": time.perf_counter() - started_s,
+        },
+    )
+    serve(worker, sys.stdin, answers)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
