@@ -90,8 +90,8 @@ class LatencySurface:
     kind: "posynomial" or "grid" (of the p50 surface). a: coefficients a0..a3 of the posynomial, also when the
     grid is used (it then guides only cells that were not measured). percents, batches: the measured values,
     ascending. fit_error: largest relative miss of a p50 point by the posynomial. errors: one entry a measured
-    point, for the surface in use. repaired: largest relative change that monotonicity forced on a p50 point of
-    the grid (0 when none). unknown: what the measured points cannot tell, one line each.
+    point, for the surface in use. repaired: largest relative change that monotonicity forced on a p50 point
+    of the grid (0 when none). unknown: what the measured points cannot tell, one line each.
     Outside the measured range a grid answers with upper bounds (monotone.py); planners stay inside
     min_percent..100 and 1..max_batch.
     """
@@ -168,7 +168,7 @@ class LatencySurface:
         if len(self.batches) == 1 and self.batches[0] > 1:
             only = self.batches[0]
             lines.append(
-                f"{self.name}: measured at batch size {only} only: smaller ones are taken to be as slow as {only}"
+                f"{self.name}: measured at batch size {only} only: a smaller one is taken to be as slow"
             )
         if len(self.percents) == 1:
             lines.append(

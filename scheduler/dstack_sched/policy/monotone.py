@@ -20,7 +20,7 @@ def isotonic_repair(p: Array, b: Array, latency_ms: Array) -> Array:
     """The monotone latencies nearest to the measured ones, in log space by least squares, at the same points.
 
     p (percent), b (rows), latency_ms: shape (points,), any scatter of distinct points. Point i must be no
-    slower than point j where p_i >= p_j and b_i <= b_j. The nearest point of that cone is y + A'u with u >= 0 the
+    slower than point j where p_i >= p_j and b_i <= b_j. The nearest point of that cone is y + A'u, u >= 0 the
     non-negative least-squares solution of A'u = -y (Moreau's decomposition), A one row a constraint.
     """
     order = _faster_than(p, b)
@@ -49,9 +49,9 @@ class MonotoneGrid:
 
     Cells of the grid (measured percents x measured batches) that were not measured take `guide`, clipped
     between the slowest measured point that must be faster and the fastest that must be slower; so the table
-    is monotone and passes through every (repaired) point. A chord in log-log space lies above a posynomial: the
-    interpolation errs to the slow side. Outside the grid every answer is an upper bound for a posynomial: f
-    grows at most as 1/p towards smaller p and as b towards larger b, and is held flat the other way.
+    is monotone and passes through every (repaired) point. A chord in log-log space lies above a posynomial:
+    the interpolation errs to the slow side. Outside the grid every answer is an upper bound for a posynomial:
+    f grows at most as 1/p towards smaller p and as b towards larger b, and is held flat the other way.
     """
 
     def __init__(self, p: Array, b: Array, latency_ms: Array, guide: Shape) -> None:
