@@ -132,7 +132,7 @@ def open_onnx(
     wanted = providers[0] if isinstance(providers[0], str) else providers[0][0]
     if session.get_providers()[0] != wanted:
         raise DeviceError(
-            f"{model_path}: {wanted} did not start and onnxruntime fell back to {session.get_providers()[0]}; "
+            f"{model_path}: {wanted} did not start, only {session.get_providers()[0]} did; "
             f"check the driver, CUDA and cuDNN libraries (dstackctl doctor)"
         )
     return session
@@ -165,20 +165,24 @@ def _dim(dim: int | str | None) -> int | str | None:
     return dim or None
 
 
+_OPERATORS = "export it with the standard operators of an opset that this onnxruntime has"
+_VERSION = "upgrade onnxruntime, or export for an older one"
+_RETYPE = "export it with another type"
 # What a message of ONNX Runtime means to the owner of the model: (a part of it, what it is, the mend).
 _CAUSES: tuple[tuple[str, str, str], ...] = (
     ("Protobuf parsing failed", "not a whole ONNX file (truncated, or not ONNX at all)", "copy it again"),
     ("No graph was found", "an empty ONNX file", "copy it again"),
-    ("is not a registered function/op", "uses a custom operator", "export it with standard operators"),
-    ("No Op registered for", "uses an unknown operator", "export it with standard operators or a lower opset"),
-    ("No opset import for domain", "uses a custom operator", "export it with standard operators"),
+    ("is not a registered function/op", "uses a custom operator", _OPERATORS),
+    ("No opset import for domain", "uses a custom operator", _OPERATORS),
+    ("No Op registered for", "uses an unknown operator", _OPERATORS),
     ("External data path", "its external data file is missing", "put it beside the model file"),
     ("External initializer", "its external data file is truncated", "copy it again, beside the model file"),
-    ("ValidateOpsetForDomain", "its opset is too new for this onnxruntime", "upgrade onnxruntime or export lower"),
-    ("IR version", "its IR version is too new for this onnxruntime", "upgrade onnxruntime or export lower"),
-    ("Could not find an implementation", "an operator has no kernel for this type here", "export another type"),
-    ("is not currently registered or supported", "has a tensor type that onnxruntime lacks", "export another type"),
-)  # fmt: skip
+    ("ValidateOpsetForDomain", "its opset is too new for this onnxruntime", _VERSION),
+    ("IR version", "its IR version is too new for this onnxruntime", _VERSION),
+    ("onnxruntime::Model::Model", "its IR version is too new for this onnxruntime", _VERSION),
+    ("Could not find an implementation", "an operator has no kernel for its type here", _RETYPE),
+    ("is not currently registered or supported", "has a tensor type that onnxruntime lacks", _RETYPE),
+)
 
 
 def _explain(model_path: Path, error: Exception) -> ModelError | DeviceError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +40,10 @@ class TensorSpec:
     dtype: str
     dims: tuple[int | str | None, ...]
     optional: bool = False
+
+    def __iter__(self) -> Iterator[Any]:
+        """Unpacks as name, dtype, shape."""
+        return iter((self.name, self.dtype, self.shape))
 
     @property
     def shape(self) -> tuple[int | None, ...]:
