@@ -31,7 +31,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from dstack_backend.synthetic import TensorSpec, feeds
+from dstack_backend.synthetic import feeds
 
 WARM_UP_S = 0.15  # an idle GPU runs at a fraction of its clock; it needs some load to come up
 MIN_WARM_UP_RUNS = 3
@@ -102,7 +102,6 @@ class Worker:
         device_used_bytes: Callable[[], int | None],
     ) -> None:
         self._session = session
-        self._specs = [TensorSpec(t[0], t[1], tuple(t[2])) for t in session.inputs]
         self._shapes = shapes
         self._memory_bytes = memory_bytes
         self._device_used_bytes = device_used_bytes
@@ -135,7 +134,7 @@ class Worker:
         raise ValueError(f"unknown command {what!r}")
 
     def _runner(self, batch_size: int) -> Callable[[], object]:
-        batch = feeds(self._specs, batch_size, self._shapes)
+        batch = feeds(self._session.inputs, batch_size, self._shapes)
         return lambda: self._session.run(batch, None)
 
 
@@ -266,7 +265,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "device": device,
             "memory_bytes": holds(),
             "device_used_before_bytes": used_before,
-            "inputs": [[name, dtype, list(shape)] for name, dtype, shape in session.inputs],
+            "inputs": [[t.name, t.dtype, list(t.dims)] for t in session.inputs],
             "load_s": time.perf_counter() - started_s,
         },
     )

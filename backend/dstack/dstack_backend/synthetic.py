@@ -8,9 +8,10 @@ ids are zeros, sampling rates are 16 kHz, anything of floating point is normally
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 import numpy as np
+
+from dstack_backend.tensors import TensorSpec
 
 SEED = 20261122
 IMAGE_SIDE = 224
@@ -18,80 +19,56 @@ SEQUENCE = 128
 CHANNELS = 3
 FEATURES = 64
 
-_DTYPES: dict[str, type] = {
-    "float": np.float32,
-    "float32": np.float32,
-    "fp32": np.float32,
-    "float16": np.float16,
-    "fp16": np.float16,
-    "double": np.float64,
-    "float64": np.float64,
-    "fp64": np.float64,
-    "bool": np.bool_,
-    "string": np.object_,
-    **{f"{sign}int{bits}": getattr(np, f"{sign}int{bits}") for sign in ("", "u") for bits in (8, 16, 32, 64)},
-}
-
-
-class TensorSpec(NamedTuple):
-    """An input: its name, its ONNX type ("tensor(float)" or "float") and its shape, None where it is free."""
-
-    name: str
-    dtype: str
-    shape: tuple[int | None, ...]
-
 
 def feeds(
     specs: Sequence[TensorSpec], batch_size: int, shapes: Mapping[str, Sequence[int]]
 ) -> dict[str, np.ndarray]:
-    """One batch for every input. shapes: NAME -> dimensions without the batch, for inputs with free ones.
+    """One batch for every input that is not optional. shapes: NAME -> dimensions without the batch.
 
-    Errors: ValueError when the model's batch is fixed at another size, a type is unknown, or a shape in
-    `shapes` does not fit the input.
+    Errors: ValueError when the model's batch is fixed at another size, or a shape in `shapes` does not fit.
     """
-    unknown = set(shapes) - {spec.name for spec in specs}
-    if unknown:
-        raise ValueError(
-            f"no input is named {sorted(unknown)[0]!r}; the inputs are {', '.join(s.name for s in specs)}"
-        )
-    free_batch = any(spec.shape and spec.shape[0] is None for spec in specs)
+    names = [spec.name for spec in specs]
+    for name in shapes:
+        if name not in names:
+            raise ValueError(f"no input is named {name!r}; the inputs are {', '.join(names)}")
+    free = next((spec for spec in specs if spec.shape and spec.shape[0] is None), None)
     rng = np.random.default_rng(SEED)
-    return {
-        spec.name: _values(spec, _dimensions(spec, batch_size, shapes.get(spec.name), free_batch), rng)
-        for spec in specs
-    }
+    arrays = {}
+    for spec in specs:
+        if spec.optional and spec.name not in shapes:
+            continue
+        axis = _batch_axis(spec, free)
+        arrays[spec.name] = _values(spec, _dimensions(spec, axis, batch_size, shapes.get(spec.name)), rng)
+    return arrays
+
+
+def _batch_axis(spec: TensorSpec, free: TensorSpec | None) -> int | None:
+    """The axis that counts rows: the first; or, in a tensor that is carried along (recurrent state), the axis
+    named as the batch of `free` is, else its first free one. None: it has no batch. free: an input whose
+    first axis is the free batch, None where the batch is fixed."""
+    if not spec.shape:
+        return None
+    if free is None or spec.shape[0] is None:
+        return 0
+    if free.dims[0] is not None and free.dims[0] in spec.dims:
+        return spec.dims.index(free.dims[0])
+    return spec.shape.index(None) if None in spec.shape else None
 
 
 def _dimensions(
-    spec: TensorSpec, batch_size: int, given: Sequence[int] | None, free_batch: bool
+    spec: TensorSpec, axis: int | None, batch_size: int, given: Sequence[int] | None
 ) -> tuple[int, ...]:
-    if not spec.shape:
-        return ()
-    axis = _batch_axis(spec.shape, free_batch)
-    if axis is None and not free_batch and spec.shape[0] != batch_size:
-        raise ValueError(
-            f"input {spec.name!r} has a fixed batch of {spec.shape[0]}, {batch_size} rows do not fit"
-        )
-    rest = [i for i in range(len(spec.shape)) if i != (axis if axis is not None or free_batch else 0)]
+    rest = [i for i in range(len(spec.shape)) if i != axis]
     if given is not None and len(given) != len(rest):
-        raise ValueError(
-            f"input {spec.name!r} takes {len(rest)} dimensions without the batch, {len(given)} were given"
-        )
-    dims = [batch_size if i == axis else (d or 0) for i, d in enumerate(spec.shape)]
-    for place, i in enumerate(rest):
-        fixed = spec.shape[i]
-        wanted = given[place] if given is not None else fixed or _usual(spec, i)
-        if fixed is not None and wanted != fixed:
-            raise ValueError(f"input {spec.name!r} has dimension {fixed} where {wanted} was given")
-        dims[i] = wanted
-    return tuple(dims)
-
-
-def _batch_axis(shape: tuple[int | None, ...], free_batch: bool) -> int | None:
-    """Axis 0 where it is free; else, beside inputs batched so, the first free axis (recurrent state)."""
-    if shape[0] is None:
-        return 0
-    return shape.index(None) if free_batch and None in shape else None
+        raise ValueError(f"input {spec.name!r} has {len(rest)} dimensions beside the batch, not {len(given)}")
+    wanted = dict(zip(rest, given or (spec.shape[i] or _usual(spec, i) for i in rest), strict=True))
+    if axis is not None:
+        wanted[axis] = batch_size
+    for i, fixed in enumerate(spec.shape):
+        if fixed is not None and wanted[i] != fixed:
+            what = "a fixed batch of" if i == axis else "a fixed dimension of"
+            raise ValueError(f"input {spec.name!r} has {what} {fixed}, {wanted[i]} does not fit")
+    return tuple(wanted[i] for i in range(len(spec.shape)))
 
 
 def _usual(spec: TensorSpec, axis: int) -> int:
@@ -103,15 +80,10 @@ def _usual(spec: TensorSpec, axis: int) -> int:
 
 
 def _values(spec: TensorSpec, dims: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
-    kind = spec.dtype.removeprefix("tensor(").removesuffix(")").lower()
-    if kind not in _DTYPES:
-        raise ValueError(
-            f"input {spec.name!r} is of type {spec.dtype}, which cannot be made up; use another model"
-        )
-    dtype, name = _DTYPES[kind], spec.name.lower()
-    if dtype is np.object_:
-        return np.full(dims, "text", dtype=np.object_)
-    if dtype is np.bool_ or "mask" in name:
+    dtype, name = spec.numpy_dtype, spec.name.lower()
+    if dtype == np.object_:
+        return np.full(dims, "text", dtype=dtype)
+    if dtype == np.bool_ or "mask" in name:
         return np.ones(dims, dtype)
     if np.issubdtype(dtype, np.floating):
         return np.asarray(rng.standard_normal(dims), dtype)
@@ -119,6 +91,4 @@ def _values(spec: TensorSpec, dims: tuple[int, ...], rng: np.random.Generator) -
         return np.full(dims, 16000, dtype)
     if "type" in name or "segment" in name:
         return np.zeros(dims, dtype)
-    if dtype is np.uint8:
-        return np.asarray(rng.integers(0, 256, dims), dtype)
     return np.asarray(rng.integers(1, 100, dims), dtype)

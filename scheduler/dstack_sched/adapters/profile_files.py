@@ -154,7 +154,7 @@ def check_points(points: Sequence[ProfilePoint], where: str) -> None:
         raise InputError(
             f"{where}: not monotone: {slow.latency_ms_p50:g} ms at GPU% {slow.gpu_percent:g},"
             f" batch {slow.batch_size} but {fast.latency_ms_p50:g} ms at GPU% {fast.gpu_percent:g},"
-            f" batch {fast.batch_size} (over {MONOTONE_TOLERANCE:.0%} the wrong way); measure again on a quiet device"
+            f" batch {fast.batch_size} (over {MONOTONE_TOLERANCE:.0%} off); measure again on a quiet device"
         )
 
 
