@@ -2,13 +2,46 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+REPOSITORY ?= model_repository
+
+.DEFAULT_GOAL := help
+
+.PHONY: help
+help: ## this list
+	@awk -F':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-22s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: setup
-setup: $(VENV)/.ready
+setup: $(VENV)/.ready ## make .venv with all that is needed (idempotent)
 
-$(VENV)/.ready: setup.cfg pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --upgrade pip
-	$(BIN)/python -m pip install -q -e '.[cpu,dev]'
-	$(BIN)/python -m pip install -q --no-deps nvidia-pytriton==0.7.0
-	touch $@
+$(VENV)/.ready: setup.sh setup.cfg pyproject.toml perf/install_perf_analyzer.py
+	PYTHON="$(PYTHON)" VENV="$(VENV)" ./setup.sh
+
+.PHONY: models
+models: setup ## put the sample models' weights into model_repository/
+	$(BIN)/python model_repository/fetch.py
+
+.PHONY: serve
+serve: setup models ## serve model_repository/ until interrupted
+	$(BIN)/dstackctl serve $(REPOSITORY)
+
+.PHONY: doctor
+doctor: setup ## check every needed part of this machine
+	$(BIN)/dstackctl doctor
+
+.PHONY: test
+test: setup models ## pass the tests (those of a GPU and the long studies apart)
+	$(BIN)/python -m pytest -q -m "not gpu and not slow"
+
+.PHONY: test-gpu
+test-gpu: setup models ## the tests that need an NVIDIA GPU
+	$(BIN)/python -m pytest -q -m "gpu and not slow"
+
+.PHONY: lint
+lint: setup ## ruff and the import rules
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+.PHONY: types
+types: setup ## mypy
+	$(BIN)/mypy
