@@ -272,6 +272,8 @@ def _parse_join(packet: bytes, at: int) -> Join:
     instance, at = _take_text(packet, at)
     if at != len(packet) or not model or not instance:
         raise WireError("join: model and instance names are wanted, and nothing after them")
+    if not (model.isprintable() and instance.isprintable()):
+        raise WireError("join: names must be printable")
     if not 0 < percent <= 10_000 or any(not 0 < level <= 10_000 for level in levels):
         raise WireError("join: GPU% must be in (0, 100]")
     if running > 10_000:

@@ -1,0 +1,443 @@
+"""The arbiter without its sockets: wire messages in, wire messages out, one engine a GPU in between.
+
+A connection is a number that the socket loop chose; time is an argument. The service translates and keeps
+the books (sessions, outstanding grants, counters, plans); who runs when is the engine's decision alone.
+
+Grant ids on the wire are epoch << 32 | the engine's id. The epoch changes with every arbiter and every live
+change of policy, so an end of a grant that another engine gave is told from one of this engine.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from time import perf_counter_ns
+from typing import Any, Protocol, TypeAlias
+
+from dstack_backend import wire
+from dstack_sched.app.arbiter_record import Record
+from dstack_sched.domain import decision as decisions
+from dstack_sched.domain.event import (
+    BackendJoined,
+    BackendLeft,
+    BatchFinished,
+    Event,
+    PlanChanged,
+    TimerFired,
+    WorkQueued,
+)
+from dstack_sched.domain.json_form import MAX_GPUS, gpus_from_json, gpus_to_json
+from dstack_sched.domain.workload import OnLate
+from dstack_sched.engine.interface import Engine
+from dstack_sched.errors import DstackError, InputError
+
+log = logging.getLogger("dstack.arbiter")
+
+Outgoing: TypeAlias = list[tuple[int, wire.Message]]
+Observer: TypeAlias = Callable[[int, Event, int, list[decisions.Decision]], None]
+
+MAX_OUTSTANDING = 2  # one running, one chained behind it: the contract with backends
+_EPOCH_SHIFT = 32
+_ID_MASK = (1 << _EPOCH_SHIFT) - 1
+
+
+class ProtocolError(wire.WireError):
+    """A client broke the order of messages: it is refused and dropped. The text says why."""
+
+
+class PlanStore(Protocol):
+    """Where the last plan outlives the arbiter. `save` reports whether it was kept, and never raises."""
+
+    def load(self) -> Mapping[int, PlanChanged]: ...
+    def save(self, plans: Mapping[int, PlanChanged]) -> bool: ...
+
+
+@dataclass(slots=True)
+class Outstanding:
+    """A grant that was sent and has not ended. wire_id 0: ungranted, found when joining."""
+
+    wire_id: int
+    gpu_percent: float
+    batch_size: int
+    granted_us: int
+    lease_until_us: int
+
+
+@dataclass(slots=True)
+class Session:
+    """One joined instance. waiting_since_us 0: nothing waits without a grant. Outstanding grants of another
+    epoch came from an engine before this one, which counts them as one batch under grant id 0."""
+
+    connection: int
+    number: int
+    gpu: int
+    joined: BackendJoined
+    pid: int
+    waiting: int = 0
+    earliest_deadline_us: int = 0
+    waiting_since_us: int = 0
+    free_since_us: int = 0
+    grants: list[Outstanding] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Gpu:
+    """One GPU's engine, its plan and the time of its timer (0: none)."""
+
+    engine: Engine
+    plan: PlanChanged
+    timer_us: int = 0
+
+
+class ArbiterService:
+    """Sessions, engines and books. Every method takes `now_us` and answers with messages to send.
+
+    make_engine: policy name -> a fresh engine; raises InputError for an unknown name.
+    capacity_percent: what the grants of a GPU may sum to while no plan says otherwise.
+    observe: called with (gpu, event, now_us, decisions) after each engine step, for recording and tests.
+    """
+
+    def __init__(
+        self,
+        make_engine: Callable[[str], Engine],
+        policy: str,
+        plans: PlanStore,
+        *,
+        capacity_percent: float = 100.0,
+        epoch: int = 1,
+        now_us: int = 0,
+        observe: Observer | None = None,
+    ) -> None:
+        make_engine(policy)  # an unknown name must fail now, not at the first join
+        self._make_engine = make_engine
+        self.policy = policy
+        self._store = plans
+        self._capacity_percent = capacity_percent
+        self._epoch = epoch & _ID_MASK
+        self._observe = observe
+        self._started_us = now_us
+        self._sessions: dict[int, Session] = {}
+        self._by_instance: dict[str, Session] = {}
+        self._gpus: dict[int, Gpu] = {}
+        self._joins = 0
+        self.record = Record()
+        for gpu, plan in plans.load().items():
+            self._open_gpu(gpu, plan, now_us, [])
+
+    # -- what the socket loop calls ----------------------------------------------------------------------
+
+    def received(self, connection: int, message: wire.Message, now_us: int) -> Outgoing:
+        """Take one message in. Raises ProtocolError: the loop refuses and drops the client."""
+        out: Outgoing = []
+        session = self._sessions.get(connection)
+        match message:
+            case wire.Done() if session:
+                self._done(session, message, now_us, out)
+            case wire.Work(waiting, deadline) if session:
+                self._work(session, waiting, deadline, now_us, out)
+            case wire.Ping(nonce):
+                out.append((connection, wire.Pong(nonce)))
+            case wire.Join() if session is None:
+                self._join(connection, message, now_us, out)
+            case wire.Leave() if session:
+                self._leave(session, now_us, out)
+            case wire.Control(body) if session is None:
+                out.append((connection, wire.Reply(self._control(body, now_us, out))))
+            case _:
+                raise ProtocolError(f"{type(message).__name__} is not expected here")
+        return out
+
+    def disconnected(self, connection: int, now_us: int) -> Outgoing:
+        """The connection is gone: an instance behind it has left, its shares are free."""
+        out: Outgoing = []
+        session = self._sessions.get(connection)
+        if session:
+            self._leave(session, now_us, out)
+        return out
+
+    def timer(self, now_us: int) -> Outgoing:
+        """Fire the timers that are due."""
+        out: Outgoing = []
+        for index, gpu in self._gpus.items():
+            if 0 < gpu.timer_us <= now_us:
+                gpu.timer_us = 0
+                self._step(index, gpu, TimerFired(), now_us, out)
+        return out
+
+    def next_timer_us(self) -> int | None:
+        """When `timer` wants to be called next."""
+        due = [gpu.timer_us for gpu in self._gpus.values() if gpu.timer_us]
+        return min(due) if due else None
+
+    # -- backends ----------------------------------------------------------------------------------------
+
+    def _join(self, connection: int, join: wire.Join, now_us: int, out: Outgoing) -> None:
+        if not -1 <= join.gpu < MAX_GPUS:
+            raise ProtocolError(f"GPU index {join.gpu} is not in -1..{MAX_GPUS - 1}")
+        gpu = self._gpus.get(join.gpu) or self._open_gpu(
+            join.gpu, PlanChanged(self._capacity_percent, ()), now_us, out
+        )
+        self._joins += 1
+        instance = f"{join.instance}#{self._joins}"  # a reload has two instances of one name for a while
+        joined = BackendJoined(
+            instance, join.model, join.gpu_percent, join.levels or (join.gpu_percent,), join.max_batch_size,
+            join.batch_size, join.slo_us, OnLate.REJECT if join.reject_late else OnLate.SERVE,
+            join.running_percent, join.running_until_us,
+        )  # fmt: skip
+        session = Session(connection, self._joins, join.gpu, joined, join.pid, free_since_us=now_us)
+        if join.running_percent > 0:
+            session.grants.append(
+                Outstanding(0, join.running_percent, 0, now_us, max(now_us, join.running_until_us))
+            )
+        self._sessions[connection] = session
+        self._by_instance[instance] = session
+        out.append((connection, wire.Welcome(self._joins, gpu.plan.capacity_percent)))
+        log.info("joined: %s pid %d on GPU %d, %g%%", instance, join.pid, join.gpu, join.gpu_percent)
+        self._step(join.gpu, gpu, joined, now_us, out)
+
+    def _leave(self, session: Session, now_us: int, out: Outgoing) -> None:
+        del self._sessions[session.connection]
+        del self._by_instance[session.joined.instance]
+        while session.grants:
+            self._close(session, session.grants.pop(0), now_us, 0, 0, "left")
+        log.info("left: %s pid %d", session.joined.instance, session.pid)
+        gpu = self._gpus[session.gpu]
+        self._step(session.gpu, gpu, BackendLeft(session.joined.instance), now_us, out)
+
+    def _work(self, session: Session, waiting: int, deadline_us: int, now_us: int, out: Outgoing) -> None:
+        deadline_us = deadline_us if waiting else 0
+        self._note_queue(session, waiting, deadline_us, now_us)
+        event = WorkQueued(session.joined.instance, waiting, deadline_us)
+        self._step(session.gpu, self._gpus[session.gpu], event, now_us, out)
+
+    def _done(self, session: Session, done: wire.Done, now_us: int, out: Outgoing) -> None:
+        deadline_us = done.earliest_deadline_us if done.waiting else 0
+        if done.late:
+            self.record.model(session.joined.model).late_rows += done.late
+        engine_id = self._take_grant(session, done, now_us)
+        self._note_queue(session, done.waiting, deadline_us, now_us)
+        instance = session.joined.instance
+        event: Event
+        if engine_id is None:
+            event = WorkQueued(instance, done.waiting, deadline_us)
+        else:
+            event = BatchFinished(instance, engine_id, done.rows, done.run_us, done.waiting, deadline_us)
+        self._step(session.gpu, self._gpus[session.gpu], event, now_us, out)
+
+    def _take_grant(self, session: Session, done: wire.Done, now_us: int) -> int | None:
+        """Close the grant that ended; the engine's id of it, None where the engine has nothing to end."""
+        for at, grant in enumerate(session.grants):
+            if grant.wire_id == done.grant_id:
+                del session.grants[at]
+                self._close(session, grant, now_us, done.rows, done.run_us, "done" if done.rows else "unused")
+                if grant.wire_id >> _EPOCH_SHIFT == self._epoch:
+                    return grant.wire_id & _ID_MASK
+                if any(other.wire_id >> _EPOCH_SHIFT != self._epoch for other in session.grants):
+                    return None  # the carried batch ends with the last of them
+                return 0
+        return None
+
+    def _close(
+        self, session: Session, grant: Outstanding, now_us: int, rows: int, run_us: int, outcome: str
+    ) -> None:
+        """Book a grant that ended. Its time on the device is as reported, within what is possible."""
+        end_us = max(grant.granted_us, min(now_us, grant.lease_until_us))
+        earliest_us = min(max(grant.granted_us, session.free_since_us), end_us)
+        start_us = max(earliest_us, end_us - run_us) if run_us else earliest_us
+        if outcome == "unused":
+            start_us = end_us
+        if now_us > grant.lease_until_us:
+            outcome = "lease"
+        session.free_since_us = now_us
+        joined = session.joined
+        self.record.model(joined.model).run_ms += run_us / 1000
+        self.record.ended(
+            session.gpu, joined.model, joined.instance, grant.gpu_percent, start_us, end_us, rows,
+            grant.batch_size, outcome,
+        )  # fmt: skip
+
+    @staticmethod
+    def _note_queue(session: Session, waiting: int, deadline_us: int, now_us: int) -> None:
+        session.waiting = waiting
+        session.earliest_deadline_us = deadline_us
+        if not waiting:
+            session.waiting_since_us = 0
+        elif not session.waiting_since_us:
+            session.waiting_since_us = now_us
+
+    # -- engines -----------------------------------------------------------------------------------------
+
+    def _open_gpu(self, index: int, plan: PlanChanged, now_us: int, out: Outgoing) -> Gpu:
+        gpu = self._gpus[index] = Gpu(self._make_engine(self.policy), plan)
+        self._step(index, gpu, plan, now_us, out)
+        return gpu
+
+    def _step(self, index: int, gpu: Gpu, event: Event, now_us: int, out: Outgoing) -> None:
+        """One event through the engine of a GPU, its decisions carried out."""
+        began_ns = perf_counter_ns()
+        answer = gpu.engine.handle(event, now_us)
+        self.record.decided(perf_counter_ns() - began_ns)
+        if self._observe is not None:
+            self._observe(index, event, now_us, answer)
+        for item in answer:
+            match item:
+                case decisions.Grant():
+                    self._grant(item, now_us, out)
+                case decisions.SetTimer(at_us):
+                    gpu.timer_us = max(1, at_us)
+                case decisions.Shed(instance, before_us):
+                    session = self._by_instance[instance]
+                    self.record.model(session.joined.model).shed_orders += 1
+                    out.append((session.connection, wire.Shed(before_us)))
+                case decisions.Overload(model, reason, waited_us):
+                    self.record.overloaded(index, model, reason, waited_us, now_us)
+
+    def _grant(self, grant: decisions.Grant, now_us: int, out: Outgoing) -> None:
+        session = self._by_instance[grant.instance]
+        wire_id = self._epoch << _EPOCH_SHIFT | (grant.grant_id & _ID_MASK)
+        session.grants.append(
+            Outstanding(wire_id, grant.gpu_percent, grant.batch_size, now_us, grant.lease_until_us)
+        )
+        counters = self.record.model(session.joined.model)
+        counters.grants += 1
+        if session.waiting_since_us:
+            counters.wait_us.add(now_us - session.waiting_since_us)
+            session.waiting_since_us = 0 if grant.batch_size >= session.waiting else now_us
+        out.append(
+            (
+                session.connection,
+                wire.Grant(wire_id, grant.batch_size, grant.gpu_percent, grant.lease_until_us),
+            )
+        )
+
+    # -- control -----------------------------------------------------------------------------------------
+
+    def _control(self, body: Mapping[str, Any], now_us: int, out: Outgoing) -> dict[str, Any]:
+        """Answer one verb; an error is one clear line in the reply, never an exception."""
+        verb = body.get("verb")
+        try:
+            match verb:
+                case "ping":
+                    return {"ok": True, "pid": os.getpid(), "policy": self.policy}
+                case "plan":
+                    return {"ok": True} | self._set_plans(gpus_from_json(body.get("gpus")), now_us, out)
+                case "status":
+                    return {"ok": True} | self.status(now_us)
+                case "timeline":
+                    return {"ok": True} | self.timeline(
+                        body.get("since_seq", 0), body.get("limit", 200), now_us
+                    )
+                case "policy":
+                    return {"ok": True} | self._set_policy(body.get("name"), now_us, out)
+        except DstackError as error:
+            return {"ok": False, "error": str(error)}
+        verbs = "ping, plan, status, timeline, policy"
+        return {"ok": False, "error": f"unknown verb {str(verb)[:40]!r}; the verbs are {verbs}"}
+
+    def _set_plans(self, plans: Mapping[int, PlanChanged], now_us: int, out: Outgoing) -> dict[str, Any]:
+        """Plans take effect at the next grant; GPUs that are not named keep theirs."""
+        for index, plan in plans.items():
+            gpu = self._gpus.get(index)
+            if gpu is None:
+                self._open_gpu(index, plan, now_us, out)
+            else:
+                gpu.plan = plan
+                self._step(index, gpu, plan, now_us, out)
+        kept = self._store.save({index: gpu.plan for index, gpu in self._gpus.items()})
+        log.info("plan changed: GPUs %s", ", ".join(map(str, sorted(plans))))
+        return {"gpus": sorted(plans), "kept": kept}
+
+    def _set_policy(self, name: object, now_us: int, out: Outgoing) -> dict[str, Any]:
+        """Replace every engine by one of another policy; what runs now is carried over as running."""
+        if not isinstance(name, str):
+            raise InputError("policy: a name is wanted, as in {'verb': 'policy', 'name': 'dstack'}")
+        before, engines = self.policy, {index: self._make_engine(name) for index in self._gpus}
+        self.policy = name
+        self._epoch = (self._epoch + 1) & _ID_MASK
+        for index, engine in engines.items():
+            plan = self._gpus[index].plan
+            gpu = self._gpus[index] = Gpu(engine, plan)
+            self._step(index, gpu, plan, now_us, out)
+            for session in [s for s in self._sessions.values() if s.gpu == index]:
+                self._hand_over(session, gpu, now_us, out)
+        log.info("policy changed: %s -> %s", before, name)
+        return {"policy": name, "before": before}
+
+    def _hand_over(self, session: Session, gpu: Gpu, now_us: int, out: Outgoing) -> None:
+        running = [grant for grant in session.grants if grant.lease_until_us > now_us]
+        joined = replace(
+            session.joined,
+            running_percent=max((grant.gpu_percent for grant in running), default=0.0),
+            running_until_us=max((grant.lease_until_us for grant in running), default=0),
+        )
+        self._step(session.gpu, gpu, joined, now_us, out)
+        queue = WorkQueued(joined.instance, session.waiting, session.earliest_deadline_us)
+        self._step(session.gpu, gpu, queue, now_us, out)
+
+    # -- what people and tools see -----------------------------------------------------------------------
+
+    def status(self, now_us: int) -> dict[str, Any]:
+        """Counters, engines and backends in plain JSON types; totals count since the arbiter started."""
+        record = self.record
+        return {
+            "version": 1,
+            "pid": os.getpid(),
+            "policy": self.policy,
+            "now_us": now_us,
+            "uptime_s": round((now_us - self._started_us) / 1e6, 3),
+            "gpus": {str(index): self._gpu_status(index, gpu, now_us) for index, gpu in self._gpus.items()},
+            "models": {name: counters.as_dict() for name, counters in record.models.items()},
+            "backends": [self._backend_status(session, now_us) for session in self._sessions.values()],
+            "decision_us": record.decision_percentiles(),
+            "overload_reports": list(record.overload_reports)[-8:],
+        }
+
+    def _gpu_status(self, index: int, gpu: Gpu, now_us: int) -> dict[str, Any]:
+        open_ms = sum(
+            grant.gpu_percent * max(0, min(now_us, grant.lease_until_us) - grant.granted_us) / 1000
+            for session in self._sessions.values() if session.gpu == index
+            for grant in session.grants[:1]
+        )  # fmt: skip
+        snapshot = gpu.engine.snapshot()
+        return {
+            "capacity_percent": gpu.plan.capacity_percent,
+            "granted_percent": snapshot.get("granted_percent", 0.0),
+            "gpu_percent_ms": round(self.record.gpu_percent_ms.get(index, 0.0) + open_ms, 1),
+            "planned_models": [model.name for model in gpu.plan.models],
+        }
+
+    @staticmethod
+    def _backend_status(session: Session, now_us: int) -> dict[str, Any]:
+        hung = any(grant.lease_until_us < now_us for grant in session.grants)
+        state = "hung" if hung else "running" if session.grants else "waiting" if session.waiting else "idle"
+        return {
+            "instance": session.joined.instance,
+            "model": session.joined.model,
+            "gpu": session.gpu,
+            "gpu_percent": session.joined.gpu_percent,
+            "pid": session.pid,
+            "state": state,
+            "waiting": session.waiting,
+            "outstanding": len(session.grants),
+        }
+
+    def timeline(self, since_sequence: object, limit: object, now_us: int) -> dict[str, Any]:
+        """A page of ended intervals after a sequence number, and what runs now. Errors: InputError."""
+        for name, value in (("since_seq", since_sequence), ("limit", limit)):
+            if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 53:
+                raise InputError(f"timeline: {name} must be a whole number from 0")
+        assert isinstance(since_sequence, int) and isinstance(limit, int)
+        running = [
+            [session.gpu, session.joined.model, session.joined.instance, grant.gpu_percent, grant.granted_us,
+             grant.batch_size]
+            for session in self._sessions.values() for grant in session.grants[:1]
+        ]  # fmt: skip
+        capacity = {str(index): gpu.plan.capacity_percent for index, gpu in self._gpus.items()}
+        page = self.record.page(since_sequence, limit)
+        return page | {"now_us": now_us, "running": running, "capacity_percent": capacity}
+
+    def plans(self) -> dict[str, Any]:
+        """The plans in force, in their JSON form."""
+        return gpus_to_json({index: gpu.plan for index, gpu in self._gpus.items()})
