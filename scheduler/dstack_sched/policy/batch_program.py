@@ -50,8 +50,8 @@ class BatchChoice:
     """The best runnable point.
 
     assembly_ms: (b-1)/lambda. binding: the limits that alone keep a better point out ("slo/2", "slo",
-    "batch_max", "percent_min", "percent_max"). relaxed: None when the surface is a measured grid (or the solver
-    failed) and the runnable grid was searched in full.
+    "batch_max", "percent_min", "percent_max"). relaxed: None when the surface is a measured grid (or the
+    solver failed) and the runnable grid was searched in full.
     """
 
     gpu_percent: float
