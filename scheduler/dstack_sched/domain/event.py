@@ -54,7 +54,8 @@ class WorkQueued:
 
 @dataclass(frozen=True, slots=True)
 class BatchFinished:
-    """A granted batch ended (rows 0: the grant was not used). run_us: its time on the device.
+    """A granted batch ended (rows 0: the grant was not used). run_us: its time on the device. late: how
+    many of its rows ended past their deadline.
 
     Carries the queue's state after it, so that one message both ends a grant and asks for the next.
     """
@@ -65,6 +66,7 @@ class BatchFinished:
     run_us: int
     waiting: int
     earliest_deadline_us: int
+    late: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,372 @@
+"""D-STACK: deadlines in time, shares in space (DESIGN section 4).
+
+Each pass looks at the instances with work, most urgent first (latest start = earliest deadline - run time):
+
+1. each gets the share and batch that add most to the GPU's total speed and still meet its deadline;
+2. the first one that does not fit reserves its place at the predicted end of those that run, and nobody
+   behind it may take that place;
+3. what is left over goes down the list (work-conserving), best-effort models last;
+4. while an instance runs, its next batch is decided shortly before the end and chained behind it;
+5. under overload the order is by scoreboard: the least served for its weight first, so that who asks for
+   more than its part is who misses; every such miss and every session without a run is reported.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from dataclasses import dataclass
+
+from dstack_sched.domain.decision import Overload
+from dstack_sched.domain.event import BackendJoined, BackendLeft, PlanChanged
+from dstack_sched.engine.base import ROUNDING, WAKE_CHAIN, WAKE_SESSION, EngineBase
+from dstack_sched.engine.state import NEVER, Instance, Run
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """The engine's rules and their settings; every one can be switched off to measure what it brings.
+
+    chain: decide the next batch chain_lead_us before the running one ends. levels: choose the share of each
+    batch. reserve: nobody overtakes the first one that does not fit. scoreboard: order by service under
+    overload. shed: reject what cannot make it (where the model allows). run_fraction: no run longer than
+    this part of the objective. safety: part of a run time kept in hand when a deadline is checked.
+    """
+
+    chain: bool = True
+    chain_lead_us: int = 400
+    levels: bool = True
+    reserve: bool = True
+    scoreboard: bool = True
+    shed: bool = True
+    run_fraction: float = 0.55
+    safety: float = 0.05
+
+
+MIN_SESSION_US = 100_000  # where no model has an objective
+Entry = tuple[int, int, Instance, bool]  # urgency, serial (ties by age), instance, whether it runs
+MISS_RATE_GAIN = 0.02  # one grant's weight in the miss rate
+OVERLOAD_ON, OVERLOAD_OFF = 0.05, 0.02
+
+
+class Pick:
+    """A candidate grant. gain: speed it adds to the GPU, in worth per microsecond. batch 0: shed only."""
+
+    __slots__ = ("batch", "end_us", "gain", "left", "level", "missed", "percent", "rows", "shed_before_us")
+
+    def __init__(
+        self, level: int, percent: float, batch: int, rows: int, end_us: int, gain: float,
+        shed_before_us: int = 0, left: int = 0, missed: float = 0.0,
+    ) -> None:  # fmt: skip
+        self.level = level
+        self.percent = percent
+        self.batch = batch
+        self.rows = rows
+        self.end_us = end_us
+        self.gain = gain
+        self.shed_before_us = shed_before_us
+        self.left = left  # rows that stay after the shedding
+        self.missed = missed  # part of the waiting rows that is lost or late
+
+
+class Place:
+    """A reservation: nobody behind may run beyond at_us with more than `spare` percent."""
+
+    __slots__ = ("at_us", "spare")
+
+    def __init__(self, at_us: int, spare: float) -> None:
+        self.at_us = at_us
+        self.spare = spare
+
+    def admits(self, pick: Pick) -> bool:
+        return pick.end_us <= self.at_us or pick.percent <= self.spare + ROUNDING
+
+
+class DStackEngine(EngineBase):
+    """D-STACK on one GPU. See the module for its rules, EngineBase for what it remembers."""
+
+    policy = "dstack"
+
+    def __init__(self, rules: Rules | None = None) -> None:
+        super().__init__()
+        self.rules = rules or Rules()
+        self.session_us = MIN_SESSION_US
+        self.overloaded = False
+        self._misses = 0.0  # moving average of the part of rows that a grant could not serve in time
+        self._smallest = 0.0  # the smallest share that anyone can run at
+        self._shortest_slo_us = NEVER
+        self._vfloor = 0.0  # virtual time of the last model that started
+        self._ready: list[Entry] = []  # who may be granted now, most urgent first
+        self._chainable = 0  # how many of them run already
+
+    # ---- events ---------------------------------------------------------------------------------------
+
+    def _on_joined(self, event: BackendJoined, now: int) -> None:
+        super()._on_joined(event, now)
+        self._resize()
+        self._place(self.instances[event.instance], now)
+
+    def _on_left(self, event: BackendLeft, now: int) -> None:
+        super()._on_left(event, now)
+        self._resize()
+
+    def _on_plan(self, event: PlanChanged, now: int) -> None:
+        super()._on_plan(event, now)
+        self._resize()
+        for instance in self.instances.values():
+            self._place(instance, now)
+
+    def _forget(self, name: str, now: int) -> None:
+        instance = self.instances.get(name)
+        if instance is not None:
+            self._unplace(instance)
+        super()._forget(name, now)
+
+    def _resize(self) -> None:
+        """Recompute what depends on who is there."""
+        instances = self.instances.values()
+        objectives = [i.slo_us for i in instances if i.slo_us > 0]
+        self.session_us = max(objectives, default=MIN_SESSION_US)
+        self._shortest_slo_us = min(objectives, default=NEVER)
+        self._smallest = min((min(i.levels[0], self.capacity) for i in instances), default=0.0)
+
+    def _on_wake(self, kind: int, instance: Instance, token: int, now: int) -> None:
+        super()._on_wake(kind, instance, token, now)
+        run = instance.run
+        if kind == WAKE_CHAIN and run is not None:
+            if run.end_us - self.rules.chain_lead_us > now:  # slowed down meanwhile: ask again later
+                self._wake(run.end_us - self.rules.chain_lead_us, WAKE_CHAIN, instance, token)
+                return
+            instance.chainable = True
+        elif kind == WAKE_SESSION:
+            self._report(instance, f"{instance.waiting} rows without a run for a whole session", now)
+            instance.boosted = True
+            self._wake(now + self.session_us, WAKE_SESSION, instance, token)
+        self._place(instance, now)
+
+    def _queue(self, instance: Instance, waiting: int, deadline_us: int, now: int) -> None:
+        since = instance.work_since_us
+        if instance.waiting == 0 and waiting > 0 and instance.run is None:
+            instance.model.vtime = max(instance.model.vtime, self._vfloor)
+        super()._queue(instance, waiting, deadline_us, now)
+        if instance.work_since_us not in (since, NEVER):
+            self._wake(now + self.session_us, WAKE_SESSION, instance, instance.work_since_us)
+        self._place(instance, now)
+
+    def _drop(self, instance: Instance, now: int) -> None:
+        super()._drop(instance, now)
+        self._place(instance, now)
+
+    def _begin(self, instance: Instance, run: Run, now: int) -> None:
+        instance.chainable = instance.boosted = False
+        super()._begin(instance, run, now)
+        if self.rules.chain:
+            self._wake(
+                max(run.end_us - self.rules.chain_lead_us, now + 1), WAKE_CHAIN, instance, run.grant_id
+            )
+
+    # ---- the order ------------------------------------------------------------------------------------
+
+    def _place(self, instance: Instance, now: int) -> None:
+        """Put an instance where it belongs among those that may be granted, or take it out."""
+        self._unplace(instance)
+        if instance.waiting == 0 or instance.lost_grant or instance.chained is not None:
+            return
+        if instance.run is not None and not instance.chainable:
+            return
+        if instance.name not in self.instances:
+            return
+        running = instance.run is not None
+        instance.entry = (self._urgency(instance), instance.serial, instance, running)
+        insort(self._ready, instance.entry)
+        self._chainable += running
+
+    def _unplace(self, instance: Instance) -> None:
+        entry = instance.entry
+        if entry is not None:
+            del self._ready[bisect_left(self._ready, entry)]
+            self._chainable -= entry[3]
+            instance.entry = None
+
+    def _urgency(self, instance: Instance) -> int:
+        """Latest start; under overload plus the virtual time; best-effort models after all others."""
+        if instance.boosted:
+            return 0
+        service = int(instance.model.vtime / self.capacity) if self.overloaded or not instance.slo_us else 0
+        if not instance.slo_us:
+            return NEVER // 2 + service
+        times = instance.times
+        rows = min(instance.waiting, instance.batch_size)
+        run_us = times.us[instance.level][rows] * times.scale * (1.0 + self.pressure)
+        return instance.deadline_us - int(run_us) + service
+
+    # ---- the pass -------------------------------------------------------------------------------------
+
+    def _schedule(self, now: int) -> None:
+        ready = self._ready
+        at = 0
+        place: Place | None = None  # what the first one that did not fit has reserved
+        while at < len(ready):
+            free = self.capacity - self.granted
+            if free + ROUNDING < self._smallest and not self._chainable:
+                return
+            instance = ready[at][2]
+            pick = self._pick(instance, free + instance.share, now)
+            if pick is not None and (place is None or place.admits(pick)):
+                self._carry_out(instance, pick, now)
+                if place is not None:
+                    place.spare -= pick.percent
+                continue
+            if place is None and self.rules.reserve and instance.slo_us:
+                place = self._reserve(instance, free, now)
+            at += 1
+
+    def _carry_out(self, instance: Instance, pick: Pick, now: int) -> None:
+        """Shed, grant, keep the books."""
+        if pick.shed_before_us:
+            self._shed(instance, pick.shed_before_us, pick.left)
+            self._report(instance, "rows shed that could not make their deadline", now)
+        if pick.batch:
+            run = self._grant(instance, pick.level, pick.batch, pick.rows, now)
+            run.worth = pick.rows * instance.worth_per_row
+            self._vfloor = max(self._vfloor, instance.model.vtime)
+        self._note_misses(pick.missed)
+        self._place(instance, now)
+
+    def _pick(self, instance: Instance, available: float, now: int) -> Pick | None:
+        """The best share and batch within `available` percent, or None when it should wait for more."""
+        run = instance.run
+        start = now if run is None else max(run.end_us, now)
+        pressure = self.pressure - (instance.model.interference * run.percent if run is not None else 0.0)
+        levels = instance.levels
+        if not self.rules.levels or len(levels) == 1:
+            level = instance.plan_level
+            if min(levels[level], self.capacity) > available + ROUNDING:
+                return None
+            return self._batch(instance, level, start, 1.0 + pressure, now)
+        best: Pick | None = None
+        loss = self._loss(instance) * instance.model.interference
+        ceiling = min(available, self._fair_part(instance)) + ROUNDING
+        for level, percent in enumerate(levels):
+            if percent > ceiling and best is not None:
+                break
+            if percent > available + ROUNDING:
+                break
+            pick = self._batch(instance, level, start, 1.0 + pressure, now)
+            pick.gain -= loss * percent
+            if best is None or pick.gain > best.gain:
+                best = pick
+        return best
+
+    def _loss(self, instance: Instance) -> float:
+        """Speed that the others lose per unit of pressure added."""
+        loss = 0.0
+        for other in self.running:
+            run = other.run
+            if run is not None and other is not instance:
+                loss += run.worth / (run.alone_us * run.slow * run.slow)
+        return loss
+
+    def _fair_part(self, instance: Instance) -> float:
+        """The most one may take while others have work: an equal part of the capacity."""
+        active = len(self.running) + len(self._ready) - self._chainable
+        return self.capacity / max(active, 1)
+
+    def _batch(self, instance: Instance, level: int, start: int, slow: float, now: int) -> Pick:
+        """The best batch at this level, starting at `start` with this slowdown by co-runners."""
+        times, waiting, slo_us = instance.times, instance.waiting, instance.slo_us
+        row_us = times.us[level]
+        percent = min(instance.levels[level], self.capacity)
+        factor = slow * (1.0 + self.rules.safety)
+        if not slo_us:
+            batch = max(1, times.largest_batch(level, self._shortest_slo_us / 2 / factor))
+            return self._filled(instance, level, percent, batch, start, factor)
+        batch = max(1, times.largest_batch(level, self.rules.run_fraction * slo_us / factor))
+        slack = instance.deadline_us - start
+        fit = times.largest_batch(level, slack / factor) if slack > 0 else 0
+        want = min(waiting, batch)
+        if fit >= want:
+            return self._filled(instance, level, percent, min(batch, fit), start, factor)
+        return self._rescue(instance, level, percent, batch, fit, start, factor, now)
+
+    def _filled(
+        self, instance: Instance, level: int, percent: float, batch: int, start: int, factor: float
+    ) -> Pick:
+        """All rows of the batch make it."""
+        rows = min(instance.waiting, batch)
+        run_us = instance.times.us[level][rows] * instance.times.scale * factor
+        return Pick(level, percent, batch, rows, start + int(run_us), rows * instance.worth_per_row / run_us)
+
+    def _rescue(
+        self,
+        instance: Instance,
+        level: int,
+        percent: float,
+        batch: int,
+        fit: int,
+        start: int,
+        factor: float,
+        now: int,
+    ) -> Pick:
+        """Not all make it: serve the `fit` most urgent in time, or give them up for a larger batch of
+        younger ones, whichever brings more rows in time per microsecond."""
+        times, waiting, worth = instance.times, instance.waiting, instance.worth_per_row
+        row_us = times.us[level]
+        want = min(waiting, batch)
+        whole_us = row_us[want] * times.scale * factor
+        end = start + int(whole_us)
+        latest = now + instance.slo_us  # deadlines of those that wait lie between the earliest and this
+        width = max(latest - instance.deadline_us, 1)
+        alive = int(waiting * min(max((latest - end) / width, 0.0), 1.0))
+        young = min(alive, want)
+        young_us = row_us[young] * times.scale * factor if young else whole_us
+        shed = instance.reject and self.rules.shed
+        if fit:
+            fit_us = row_us[fit] * times.scale * factor
+            if not shed or fit / fit_us >= young / young_us:
+                return Pick(level, percent, fit, fit, start + int(fit_us), fit * worth / fit_us)
+        missed = (waiting - alive) / waiting
+        if shed:
+            if not young:
+                end = start + int(row_us[1] * times.scale * factor)
+                return Pick(level, percent, 0, 0, start, 0.0, end, 0, missed)
+            end = start + int(young_us)
+            return Pick(
+                level, percent, max(young, 1), young, end, young * worth / young_us, end, alive, missed
+            )
+        return Pick(level, percent, want, want, end, 0.1 * want * worth / whole_us, 0, 0, missed)
+
+    def _reserve(self, instance: Instance, free: float, now: int) -> Place:
+        """When the predicted ends free enough for this one, and what is left over then."""
+        level = instance.plan_level
+        need = min(instance.levels[level], self.capacity)
+        ends = sorted(
+            (i.run.end_us, i.share) for i in self.running if i.run is not None and i.chained is None
+        )
+        at_us = now
+        for end_us, share in ends:
+            if free + ROUNDING >= need:
+                break
+            free += share
+            at_us = end_us
+        return Place(max(at_us, now), free - need)
+
+    # ---- overload -------------------------------------------------------------------------------------
+
+    def _note_misses(self, missed: float) -> None:
+        self._misses += MISS_RATE_GAIN * (missed - self._misses)
+        overloaded = self.rules.scoreboard and self._misses > (
+            OVERLOAD_OFF if self.overloaded else OVERLOAD_ON
+        )
+        if overloaded != self.overloaded:
+            self.overloaded = overloaded
+            for entry in tuple(self._ready):
+                self._place(entry[2], self.now_us)
+
+    def _report(self, instance: Instance, reason: str, now: int) -> None:
+        """At most one overload report a session and model."""
+        model = instance.model
+        if now - model.reported_us < self.session_us:
+            return
+        model.reported_us = now
+        waited = now - instance.work_since_us if instance.work_since_us != NEVER else 0
+        self._out.append(Overload(model.name, reason, waited))

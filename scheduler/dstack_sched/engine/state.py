@@ -1,0 +1,118 @@
+"""What an engine remembers: models, their instances, and the batches that run. Mutable, owned by one engine."""
+
+from __future__ import annotations
+
+from collections import deque
+
+from dstack_sched.domain.event import BackendJoined, EngineModel
+from dstack_sched.domain.workload import OnLate
+from dstack_sched.engine.run_times import RunTimes
+
+NEVER = 1 << 62
+
+
+class ModelState:
+    """One model: its plan, and its place on the scoreboard."""
+
+    __slots__ = (
+        "arrived", "interference", "late_rows", "name", "plan", "reported_us", "served_percent_us", "shed_count",
+        "slo_us", "vtime", "weight",
+    )  # fmt: skip
+
+    def __init__(self, plan: EngineModel) -> None:
+        self.name = plan.name
+        self.served_percent_us = 0.0
+        self.vtime = 0.0  # GPU%-time served over weight, lifted to the others' when it was away
+        self.late_rows = 0
+        self.shed_count = 0
+        self.arrived = 0
+        self.reported_us = -NEVER
+        self.adopt(plan)
+
+    def adopt(self, plan: EngineModel) -> None:
+        self.plan = plan
+        self.slo_us = plan.slo_us
+        self.weight = max(plan.weight, 1e-6)
+        self.interference = plan.interference_per_percent
+
+
+class Run:
+    """One grant, from its decision to its end. Times in us; `left_us` is what would be left of it, alone."""
+
+    __slots__ = (
+        "alone_us", "batch", "end_us", "grant_id", "lease_us", "left_us", "level", "percent", "rows", "slow",
+        "start_us", "touched_us", "worth",
+    )  # fmt: skip
+
+    def __init__(self, grant_id: int, level: int, percent: float, batch: int, rows: int) -> None:
+        self.grant_id = grant_id
+        self.level = level
+        self.percent = percent
+        self.batch = batch
+        self.rows = rows  # expected; the grant allows `batch`
+        self.alone_us = 1.0
+        self.left_us = 1.0
+        self.slow = 1.0
+        self.worth = 0.0
+        self.start_us = self.touched_us = self.end_us = self.lease_us = 0
+
+
+class Instance:
+    """One running copy of a model and the state of its queue as it last reported it."""
+
+    __slots__ = (
+        "batch_size", "boosted", "chainable", "chained", "deadline_us", "entry", "level", "levels", "lost_grant",
+        "lost_us", "max_batch", "model", "name", "plan_level", "rate_per_us", "rate_rows", "rate_since_us", "reject", "run",
+        "serial", "share", "slo_us", "times", "waiting", "work_since_us", "worth_per_row",
+    )  # fmt: skip
+
+    def __init__(self, joined: BackendJoined, model: ModelState, serial: int) -> None:
+        self.name = joined.instance
+        self.model = model
+        self.levels = tuple(sorted(set(joined.levels))) or (joined.gpu_percent,)
+        self.max_batch = joined.max_batch_size
+        self.run: Run | None = None
+        self.chained: Run | None = None
+        self.share = 0.0  # what it counts for in the sum of grants
+        self.waiting = 0
+        self.deadline_us = 0
+        self.work_since_us = NEVER
+        self.lost_grant = 0
+        self.lost_us = 0
+        self.serial = serial
+        self.entry: tuple[int, int, Instance, bool] | None = None
+        self.chainable = False  # runs, and its next batch may be decided
+        self.boosted = False  # waited a whole session
+        self.rate_per_us = 0.0
+        self.rate_rows = 0
+        self.rate_since_us = 0
+        self.adopt()
+
+    def adopt(self) -> None:
+        """Take the model's plan over, also while running."""
+        plan = self.model.plan
+        self.slo_us = plan.slo_us
+        self.reject = plan.on_late is OnLate.REJECT
+        self.batch_size = max(1, min(plan.batch_size, self.max_batch))
+        old = getattr(self, "times", None)
+        self.times = RunTimes(self.levels, self.max_batch, plan)
+        if old is not None and not self.times.known and not old.known:
+            self.times = old  # nothing new is known: keep what was learned
+        nearest = min(range(len(self.levels)), key=lambda i: abs(self.levels[i] - plan.gpu_percent))
+        self.level = self.plan_level = nearest
+        # What one row is worth: its run time in a planned batch with the whole GPU.
+        self.worth_per_row = self.times.us[-1][self.batch_size] / self.batch_size
+
+    @property
+    def busy(self) -> bool:
+        return self.run is not None
+
+
+class Story(deque[tuple[int, object]]):
+    """The last events, for the message of a broken invariant."""
+
+    def __init__(self) -> None:
+        super().__init__(maxlen=24)
+
+    def __str__(self) -> str:
+        return "\n".join(f"  {at_us} us: {event}" for at_us, event in self)
