@@ -2,10 +2,10 @@
 
     python perf/export_models.py run/models [--models resnet50,bert_base] [--workers 8]
 
-Needs torch with torchvision and transformers (the GPU host has them; nothing is downloaded). Each model becomes
-DIR/NAME.onnx with a free batch dimension, is compared with torch on a small batch through ONNX Runtime's CPU
-provider where that is at hand, and is kept if the file is there already. One process a model. The command
-prints one line a model and exits with 1 when one failed; the others are there all the same.
+Needs torch with torchvision and transformers (the GPU host has them; nothing is downloaded). Each model
+becomes DIR/NAME.onnx with a free batch dimension, is compared with torch on a small batch through ONNX
+Runtime's CPU provider where that is at hand, and is kept if the file is there already. One process a model.
+The command prints one line a model and exits with 1 when one failed; the others are there all the same.
 """
 
 from __future__ import annotations

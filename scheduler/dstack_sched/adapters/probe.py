@@ -216,7 +216,7 @@ class ModelProbe:
         used = worker.ask(do="used")["device_used_bytes"]
         if used is None or None in before:
             return 0
-        return max(0, int(used) - min(int(b) for b in before)) // len(before)
+        return max(0, int(used) - min(int(b or 0) for b in before)) // len(before)
 
 
 class CorunSeat(NamedTuple):
