@@ -39,6 +39,8 @@ class TritonProcess:
     loaded here: that is the control API's work. `grpc_url` and `http_url` are HOST:PORT.
     """
 
+    name = "Triton"
+
     def __init__(
         self,
         install: ServerInstall,
@@ -162,6 +164,11 @@ class TritonProcess:
         where = f" (log: {self._wanted_log})" if self._wanted_log else ""
         last = last_log_error(self.log_path)
         return f"{error}: {last}{where}" if last else f"{error}{where}"
+
+    def failure(self) -> str | None:
+        """Why the server is down, with the last error of its log; None while it runs."""
+        status = self.process.poll() if self.process is not None else None
+        return None if status is None else self._why(MachineError(f"ended with status {status}"))
 
     def stop(self) -> None:
         """End the server and all it started; remove its shared memory and private files. Safe to repeat."""

@@ -1,0 +1,155 @@
+"""All of a host, started and stopped as one: MPS where there is a GPU, the arbiter, Triton."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+from dstack_backend.endpoint import SOCKET_VARIABLE, socket_path
+from dstack_sched.adapters.arbiter_process import ArbiterProcess
+from dstack_sched.adapters.clock import SystemClock
+from dstack_sched.adapters.mps import MpsDaemon
+from dstack_sched.adapters.ports_free import choose_ports
+from dstack_sched.adapters.repository_check import check_repository
+from dstack_sched.adapters.triton_client import TritonClient
+from dstack_sched.adapters.triton_process import TritonProcess, find_server
+from dstack_sched.app.supervise import Service, Supervisor
+from dstack_sched.cli.common import say
+from dstack_sched.errors import ServerError
+
+LOG_LIMIT_BYTES = 10 << 20
+LOOK_AGAIN_S = 0.2
+
+
+@dataclass(frozen=True)
+class HostOptions:
+    """What to start. Ports of 0 mean any free one; socket None means the host's usual place."""
+
+    repository: Path
+    log_dir: Path
+    tritonserver: Path | None = None
+    address: str = "127.0.0.1"
+    http_port: int = 8000
+    grpc_port: int = 8001
+    metrics_port: int = 8002
+    socket: Path | None = None
+    policy: str = "dstack"
+    capacity_percent: float = 100.0
+    mps: bool = True
+    env: Mapping[str, str] = field(default_factory=dict)
+
+
+class Host:
+    """The running services of one host. Made by `open_host`."""
+
+    def __init__(self, options: HostOptions) -> None:
+        """Look at what is asked for before anything starts. Errors: InputError, MachineError."""
+        self.options = options
+        self.models = check_repository(options.repository)
+        self._install = find_server(options.tritonserver)
+        choose_ports(options.address, self._ports())
+        self._logs = prepare_logs(options.log_dir, "triton", "arbiter", "mps")
+        self.socket = (options.socket or socket_path()).absolute()
+        self.mps = MpsDaemon(self._logs["mps"])
+        self.arbiter = ArbiterProcess(
+            self.socket, self._logs["arbiter"], policy=options.policy, capacity=options.capacity_percent
+        )
+        self.triton = self._triton({})
+        self._supervisor = Supervisor([], SystemClock(), say)
+
+    def start(self) -> None:
+        """Start all in order. Errors: MachineError, InputError; nothing is left running then."""
+        services: list[tuple[Service, bool]] = [(self.arbiter, True)]
+        try:
+            self.triton = self._triton(self.mps.start() if self.options.mps else {})
+            if self.mps.owned:
+                services.append((self.mps, True))
+            self._supervisor = Supervisor([*services, (self.triton, False)], SystemClock(), say)
+            self._supervisor.start()
+        except BaseException:
+            self.stop()
+            raise
+
+    def _ports(self) -> dict[str, int]:
+        options = self.options
+        return {"http": options.http_port, "grpc": options.grpc_port, "metrics": options.metrics_port}
+
+    def _triton(self, mps_environment: Mapping[str, str]) -> TritonProcess:
+        options = self.options
+        return TritonProcess(
+            self._install,
+            options.repository,
+            address=options.address,
+            http_port=options.http_port,
+            grpc_port=options.grpc_port,
+            metrics_port=options.metrics_port,
+            log_path=self._logs["triton"],
+            env={**options.env, **mps_environment, SOCKET_VARIABLE: str(self.socket)},
+        )
+
+    def load_models(self) -> dict[str, str | None]:
+        """Load every model of the repository: name -> None, or why it did not load. The rest still loads."""
+        outcome: dict[str, str | None] = {}
+        with TritonClient(self.triton.grpc_url) as client:
+            for model in self.models:
+                try:
+                    client.load(model)
+                    outcome[model] = None
+                except ServerError as error:
+                    outcome[model] = str(error)
+        return outcome
+
+    def check(self) -> None:
+        """Look after the services once. Errors: MachineError when Triton is down."""
+        self._supervisor.check()
+
+    def stop(self) -> None:
+        """Stop all, last first. Safe to repeat."""
+        self._supervisor.stop()
+        self.mps.stop()
+
+
+@contextmanager
+def open_host(options: HostOptions) -> Iterator[Host]:
+    """A started host; whatever happens inside, all of it is stopped, undisturbed by further signals."""
+    with signals_interrupt():
+        host = Host(options)
+        try:
+            host.start()
+            yield host
+        finally:
+            for number in STOP_SIGNALS:
+                signal.signal(number, signal.SIG_IGN)
+            host.stop()
+
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@contextmanager
+def signals_interrupt() -> Iterator[None]:
+    """SIGTERM and SIGHUP stop us as Ctrl-C does: KeyboardInterrupt. The old handlers return afterwards."""
+
+    def interrupt(signum: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def prepare_logs(directory: Path, *names: str) -> dict[str, Path]:
+    """NAME.log of each in the directory, appended to; one over 10 MiB is moved to NAME.log.1 first."""
+    directory.mkdir(parents=True, exist_ok=True)
+    logs = {name: directory / f"{name}.log" for name in names}
+    for log in logs.values():
+        if log.exists() and log.stat().st_size > LOG_LIMIT_BYTES:
+            log.replace(log.with_suffix(".log.1"))
+    return logs

@@ -1,0 +1,96 @@
+"""`dstackctl serve`: Triton with the dstack backend, the arbiter, and MPS where there is a GPU."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dstack_sched.cli import app
+from dstack_sched.cli.common import (
+    JsonOption,
+    StateOption,
+    TritonServerOption,
+    print_json,
+    print_table,
+    say,
+    state_dir,
+)
+from dstack_sched.cli.host import LOOK_AGAIN_S, Host, HostOptions, open_host
+from dstack_sched.errors import ServerError
+
+
+@app.command()
+def serve(
+    repository: Annotated[Path, typer.Argument(metavar="REPOSITORY", help="Model repository.")],
+    state: StateOption,
+    tritonserver: TritonServerOption = None,
+    address: Annotated[
+        str, typer.Option("--address", help="Address to listen at; 0.0.0.0 for all.")
+    ] = "127.0.0.1",
+    http_port: Annotated[int, typer.Option("--http-port", help="0: any free one.")] = 8000,
+    grpc_port: Annotated[int, typer.Option("--grpc-port", help="0: any free one.")] = 8001,
+    metrics_port: Annotated[int, typer.Option("--metrics-port", help="0: any free one.")] = 8002,
+    socket: Annotated[
+        Path | None, typer.Option("--socket", metavar="PATH", help="The arbiter's socket.")
+    ] = None,
+    policy: Annotated[str, typer.Option("--policy", metavar="NAME", help="The arbiter's policy.")] = "dstack",
+    capacity: Annotated[
+        float, typer.Option("--capacity", metavar="PERCENT", help="Sum of GPU% granted, until a plan says.")
+    ] = 100.0,
+    mps: Annotated[bool, typer.Option(help="Use MPS where there is a GPU.")] = True,
+    json_output: JsonOption = False,
+) -> None:
+    """Serve a model repository until Ctrl-C, which stops everything and leaves nothing behind.
+
+    Triton runs in explicit model control; all models of the repository are loaded. A dead arbiter is started
+    again; requests go on meanwhile.
+
+    Example: dstackctl serve model_repository --grpc-port 9001
+    """
+    options = HostOptions(
+        repository=repository,
+        log_dir=state_dir(state) / "logs",
+        tritonserver=tritonserver,
+        address=address,
+        http_port=http_port,
+        grpc_port=grpc_port,
+        metrics_port=metrics_port,
+        socket=socket,
+        policy=policy,
+        capacity_percent=capacity,
+        mps=mps,
+    )
+    try:
+        with open_host(options) as host:
+            show(host, host.load_models(), json_output)
+            while True:
+                time.sleep(LOOK_AGAIN_S)
+                host.check()
+    except KeyboardInterrupt:
+        say("stopped")
+
+
+def show(host: Host, outcome: dict[str, str | None], as_json: bool) -> None:
+    """What is served, and where. Errors: ServerError when no model at all could be loaded."""
+    for model, error in outcome.items():
+        if error is not None:
+            say(f"{model}: not served: {error}")
+    if all(error is not None for error in outcome.values()):
+        raise ServerError(f"no model of {host.options.repository} could be loaded; see the lines above")
+    urls = {"grpc": host.triton.grpc_url, "http": host.triton.http_url, "metrics": host.triton.metrics_url}
+    if as_json:
+        print_json({"version": 1, "urls": urls, "socket": str(host.socket), "pid": host.triton.pid,
+                    "log": str(host.triton.log_path),
+                    "models": {model: error is None for model, error in outcome.items()}})  # fmt: skip
+        return
+    print_table(
+        f"serving {host.options.repository}",
+        ["model", "state"],
+        [[model, "ready" if error is None else "failed"] for model, error in outcome.items()],
+    )
+    mps = "own daemon" if host.mps.owned else "existing daemon" if host.mps.running() else "none"
+    say(f"gRPC {urls['grpc']}, HTTP {urls['http']}, metrics {urls['metrics']}; MPS: {mps}")
+    say(f"log: {host.triton.log_path}; Ctrl-C stops all")
