@@ -19,12 +19,53 @@ from dstack_sched.domain.kernels import KernelWork
 from dstack_sched.errors import InputError
 
 FREE = frozenset(
-    "Constant ConstantOfShape Shape Size Reshape Flatten Squeeze Unsqueeze Identity Dropout Range".split()
+    {"Constant", "ConstantOfShape", "Shape", "Size", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity"}
+    | {"Dropout", "Range"}
 )
 ELEMENTWISE = frozenset(
-    "Add Sub Mul Div Pow Sqrt Exp Log Erf Neg Abs Relu LeakyRelu PRelu Clip Sigmoid HardSigmoid HardSwish Tanh"
-    " Gelu Elu Selu Softplus Mish Cast Where Equal Less Greater LessOrEqual GreaterOrEqual Not And Or Min Max"
-    " Sum Floor Ceil Round Sign Reciprocal Mod BatchNormalization Expand".split()
+    {
+        "Add",
+        "Sub",
+        "Mul",
+        "Div",
+        "Pow",
+        "Sqrt",
+        "Exp",
+        "Log",
+        "Erf",
+        "Neg",
+        "Abs",
+        "Sign",
+        "Reciprocal",
+        "Mod",
+    }
+    | {
+        "Relu",
+        "LeakyRelu",
+        "PRelu",
+        "Clip",
+        "Sigmoid",
+        "HardSigmoid",
+        "HardSwish",
+        "Tanh",
+        "Gelu",
+        "Elu",
+        "Selu",
+    }
+    | {
+        "Softplus",
+        "Mish",
+        "BatchNormalization",
+        "Cast",
+        "Expand",
+        "Floor",
+        "Ceil",
+        "Round",
+        "Sum",
+        "Min",
+        "Max",
+    }
+    | {"Where", "Equal", "Less", "Greater", "LessOrEqual", "GreaterOrEqual", "Not", "And", "Or"}
 )
 CONVOLUTIONS = {"Conv": 1, "ConvInteger": 1, "ConvTranspose": 1, "QLinearConv": 3, "FusedConv": 1}
 PRODUCTS = {"MatMul": 1, "Gemm": 1, "MatMulInteger": 1, "QLinearMatMul": 3, "FusedMatMul": 1}
@@ -104,7 +145,7 @@ def _kernels(graph: ShapedGraph) -> list[_Kernel]:
         else:
             index = len(kernels)
             kernels.append(_new_kernel(node, graph.dims, sum(size(name) for name in (*inputs, *outputs))))
-        made_by.update({name: index for name in outputs})
+        made_by.update(dict.fromkeys(outputs, index))
     return kernels
 
 
@@ -113,7 +154,7 @@ def _new_kernel(node: onnx.NodeProto, dims: Mapping[str, tuple[int, ...]], traff
     if node.op_type in CONVOLUTIONS:
         weight = dims[node.input[CONVOLUTIONS[node.op_type]]]
         groups = next((int(a.i) for a in node.attribute if a.name == "group"), 1)
-        # Conv weights are (out, in / groups, kernel...), those of ConvTranspose (in, out / groups, kernel...).
+        # Weights of Conv are (out, in / groups, ...), those of ConvTranspose (in, out / groups, ...).
         depth = prod(weight[1:]) if node.op_type != "ConvTranspose" else weight[0] // groups
         return _Kernel(node.op_type, prod(out) // out[1], out[1] // groups, depth, groups, traffic_bytes)
     if node.op_type in PRODUCTS and len(out) > 1:

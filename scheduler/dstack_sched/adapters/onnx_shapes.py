@@ -26,7 +26,7 @@ SEQUENCE_DIMS = (128, 64)
 
 
 class ShapedGraph(NamedTuple):
-    """A graph at one batch size: the nodes that compute, all known shapes, element bytes, names of constants."""
+    """A graph at one batch size: nodes that compute, known shapes, bytes an element, names of constants."""
 
     nodes: tuple[onnx.NodeProto, ...]
     dims: Mapping[str, tuple[int, ...]]

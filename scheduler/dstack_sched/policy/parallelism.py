@@ -1,13 +1,14 @@
-"""The parallelism model: latency from the graph's kernels, the SMs and a few fitted constants (DESIGN section 3).
+"""The parallelism model: latency from the graph's kernels, the SMs and a few fitted constants (DESIGN 3).
 
 Kernel i, at batch size b, offers n_i(b) thread blocks of t_i milliseconds each and moves d_i(b) bytes. On s
 SMs it takes
 
     max(ceil(n_i(b) / s) t_i, d_i(b) / B(s)) + t_launch,   B(s) = min(s B_sm, B_max)
 
-and the model takes the sum of its kernels plus a constant t_call for the call itself. A block is a tile of a
-matrix product (tile x tile results of `depth` products each) or ELEMENTS_PER_BLOCK elements of anything
-else; n_i does not shrink below what one launch needs, so small batches leave SMs idle: that is the knee.
+and the model takes the sum of its kernels plus a constant t_call for the call itself. A block is a tile x tile
+piece of a matrix product, over at most SPLIT_DEPTH of its depth (libraries split a long sum where there are
+few tiles), or ELEMENTS_PER_BLOCK elements of anything else. A small batch offers fewer blocks than there
+are SMs and leaves the rest idle: that is the knee.
 
 Constants fitted to measured points: the time of a product and of an element on one SM, B_sm, B_max, t_launch
 and t_call, and one of TILES. They start at a common GPU's and are held there weakly (RIDGE), so that a
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -29,19 +31,24 @@ from dstack_sched.errors import InputError
 
 Array = NDArray[np.float64]
 
-TILES = (32, 64, 128)
+TILES = (64, 128)
+SPLIT_DEPTH = 256
 ELEMENTS_PER_BLOCK = 4096
 SMALL_DEPTH = 16  # fewer products than this an output (depthwise convolution) run as elementwise work
 RIDGE = 0.02  # weight of one e-fold away from the start, against relative errors of the points
 # ms for 1e9 products on one SM, ms for 1e9 elements on one SM, ms for 1 GB through one SM, ms for 1 GB
 # through the whole device, ms a launch, ms a call. Roughly an H100's; fitted from here.
 START = np.array([2.0, 50.0, 20.0, 0.5, 0.005, 0.05])
+# The sum of maxima has local optima: start with compute, memory or launches taking the larger part.
+STARTS = (
+    np.array([[1, 1, 1, 1, 1, 1], [0.3, 0.3, 3, 3, 1, 1], [0.3, 0.3, 0.3, 0.3, 4, 4]], np.float64) * START
+)
 MIN_POINTS = 3
 
 
 @dataclass(frozen=True, slots=True)
 class ParallelismModel:
-    """Fitted: kernels of one model on one device. `constants` as START; max_relative_error over the points."""
+    """Fitted to one model on one device. constants: as START; max_relative_error: over the fitted points."""
 
     kernels: tuple[KernelWork, ...]
     sms: int
@@ -80,8 +87,9 @@ class _Work:
         groups = column("groups_fixed") + column("groups_per_row") * batch
         columns, depth = column("columns"), column("depth")
         is_product = (depth >= SMALL_DEPTH) & (columns > 1)
-        blocks = np.ceil(rows / tile) * np.ceil(columns / tile) * groups
-        product_waves = np.ceil(blocks / share) * tile * tile * depth / 1e9
+        splits = np.maximum(1.0, np.round(depth / SPLIT_DEPTH))
+        blocks = np.ceil(rows / tile) * np.ceil(columns / tile) * groups * splits
+        product_waves = np.ceil(blocks / share) * tile * tile * depth / splits / 1e9
         elements = rows * columns * groups * np.maximum(depth, 1.0)
         per_block = ELEMENTS_PER_BLOCK * np.maximum(depth, 1.0)
         element_waves = np.ceil(elements / per_block / share) * per_block / 1e9
@@ -94,8 +102,8 @@ class _Work:
 
     def latency_ms(self, constants: Array) -> Array:
         """Shape (points,)."""
-        product, element, gb_sm, gb_device, launch, call = constants
-        compute = self.product_waves * product + self.element_waves * element
+        per_product, per_element, gb_sm, gb_device, launch, call = constants
+        compute = self.product_waves * per_product + self.element_waves * per_element
         memory = self.gigabytes * np.maximum(gb_sm / self.sms, gb_device)
         return np.asarray((np.maximum(compute, memory) + launch).sum(axis=1) + call, np.float64)
 
@@ -115,15 +123,14 @@ def fit_parallelism(
     b = np.array([point.batch_size for point in points], np.float64)
     measured_ms = np.array([point.latency_ms_p50 for point in points], np.float64)
     best: tuple[float, ParallelismModel] | None = None
-    for tile in TILES:
+    for tile, begin in product(TILES, STARTS):
         work = _Work.of(kernels, sms, tile, p, b)
-        scale = np.exp(np.median(np.log(measured_ms / work.latency_ms(START))))
-        start = np.log(START * scale)
+        start = np.log(begin * np.exp(np.median(np.log(measured_ms / work.latency_ms(begin)))))
 
         def residuals(x: Array, work: _Work = work, start: Array = start) -> Array:
             return np.concatenate([work.latency_ms(np.exp(x)) / measured_ms - 1.0, RIDGE * (x - start)])
 
-        found = least_squares(residuals, start, method="trf", x_scale=1.0, max_nfev=200)
+        found = least_squares(residuals, start, max_nfev=200)
         constants = np.exp(found.x)
         error = float(np.abs(work.latency_ms(constants) / measured_ms - 1.0).max())
         model = ParallelismModel(tuple(kernels), sms, tile, tuple(float(c) for c in constants), error)
