@@ -75,7 +75,8 @@ class EngineModel:
 
     latency_ms[i][j] is f at gpu_percents[i], batch_sizes[j] (both ascending); it may be empty when no
     profile exists, then the engine learns from run times. `weight` is the fairness weight.
-    interference: k_m of f' = f (1 + sum over co-runners of k_m p), per percent of GPU% of this model.
+    interference: f' = f (1 + 100 k (q/100)^g) while co-runners hold q percent in all; k is
+    interference_per_percent, g the exponent; with g = 1 this is f (1 + k q).
     """
 
     name: str
@@ -89,6 +90,7 @@ class EngineModel:
     batch_sizes: tuple[int, ...] = ()
     latency_ms: tuple[tuple[float, ...], ...] = ()
     interference_per_percent: float = 0.0
+    interference_exponent: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """What every policy shares: queues, grants, shares, leases, the timer. A policy only says who runs next.
 
 The world is told by events; `_schedule`, the policy's part, is called after each. Predicted ends follow the
-interference model f' = f (1 + sum over co-runners of k p) as co-runners come and go.
+interference model f' = f (1 + 100 k (q/100)^g), q the co-runners' GPU%, as co-runners come and go.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class EngineBase:
         self.now_us = 0
         self.capacity = 100.0
         self.granted = 0.0
-        self.pressure = 0.0  # sum of k p over running batches
+        self.promised = 0.0  # GPU% of the running batches
         self.models: dict[str, ModelState] = {}
         self.instances: dict[str, Instance] = {}
         self.running: list[Instance] = []
@@ -68,7 +68,8 @@ class EngineBase:
     def handle(self, event: Event, now_us: int) -> list[Decision]:
         """See Engine.handle. Decisions come in the order in which they must be carried out."""
         now = self.now_us = now_us if now_us > self.now_us else self.now_us
-        self._out = out = []
+        out: list[Decision] = []
+        self._out = out
         self._story.append((now, event))
         self._doors[type(event)](event, now)
         agenda = self._agenda
@@ -149,7 +150,6 @@ class EngineBase:
         used = {instance.model.name for instance in self.instances.values()}
         for name in [name for name in self.models if name not in named and name not in used]:
             del self.models[name]
-        self.pressure = sum(i.model.interference * i.run.percent for i in self.running if i.run)
 
     def _on_wake(self, kind: int, instance: Instance, token: int, now: int) -> None:
         """An agenda entry is due. Subclasses add their kinds."""
@@ -192,11 +192,11 @@ class EngineBase:
         run.alone_us = run.left_us = max(times.us[level][min(rows, times.max_batch)] * times.scale, 1.0)
         whole_us = times.us[level][min(batch, times.max_batch)] * times.scale
         if instance.run is None:
-            slow = 1.0 + self.pressure
+            slow = instance.model.slowdown(self.promised)
             run.lease_us = now + self._lease(instance, whole_us * slow)
             self._begin(instance, run, now)
         else:
-            run.slow = 1.0 + self.pressure - instance.model.interference * instance.run.percent
+            run.slow = instance.model.slowdown(self.promised - instance.run.percent)
             run.lease_us = instance.run.lease_us + self._lease(instance, whole_us * run.slow)
             instance.chained = run
             self._reshare(instance)
@@ -214,9 +214,9 @@ class EngineBase:
     def _begin(self, instance: Instance, run: Run, now: int) -> None:
         """`run` is on the device from now on: its share counts, its co-runners slow down."""
         run.start_us = run.touched_us = now
-        run.slow = 1.0 + self.pressure
+        run.slow = instance.model.slowdown(self.promised)
         run.end_us = now + int(run.left_us * run.slow)
-        self._press(instance.model.interference * run.percent, now)
+        self._promise(self.promised + run.percent, now)
         instance.run = run
         self.running.append(instance)
         self._reshare(instance)
@@ -236,7 +236,7 @@ class EngineBase:
             return
         instance.run = None
         self.running.remove(instance)
-        self._press(-instance.model.interference * run.percent, now)
+        self._promise(self.promised - run.percent if self.running else 0.0, now)
         chained, instance.chained = instance.chained, None
         if chained is not None:
             self._begin(instance, chained, now)
@@ -264,18 +264,16 @@ class EngineBase:
         if self._ceiling > self.capacity:
             self._ceiling = max(self.capacity, self.granted)
 
-    def _press(self, change: float, now: int) -> None:
-        """A co-runner came (change > 0) or went: the others' predicted ends move."""
-        if change == 0.0:
-            return
-        self.pressure = self.pressure + change if self.running else max(change, 0.0)
+    def _promise(self, promised: float, now: int) -> None:
+        """A co-runner came or went: the others' predicted ends move."""
+        self.promised = promised
         for other in self.running:
             run = other.run
             if run is None:
                 continue
             run.left_us = max(run.left_us - (now - run.touched_us) / run.slow, 0.0)
             run.touched_us = now
-            run.slow = max(run.slow + change, 1.0)
+            run.slow = other.model.slowdown(promised - run.percent)
             run.end_us = now + int(run.left_us * run.slow)
 
     def _learn(self, instance: Instance, run: Run, rows: int, run_us: int, now: int) -> None:

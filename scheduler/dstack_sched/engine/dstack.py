@@ -196,7 +196,7 @@ class DStackEngine(EngineBase):
             return NEVER // 2 + service
         times = instance.times
         rows = min(instance.waiting, instance.batch_size)
-        run_us = times.us[instance.level][rows] * times.scale * (1.0 + self.pressure)
+        run_us = times.us[instance.level][rows] * times.scale * instance.model.slowdown(self.promised)
         return instance.deadline_us - int(run_us) + service
 
     # ---- the pass -------------------------------------------------------------------------------------
@@ -236,34 +236,36 @@ class DStackEngine(EngineBase):
         """The best share and batch within `available` percent, or None when it should wait for more."""
         run = instance.run
         start = now if run is None else max(run.end_us, now)
-        pressure = self.pressure - (instance.model.interference * run.percent if run is not None else 0.0)
+        beside = self.promised - (run.percent if run is not None else 0.0)
+        slow = instance.model.slowdown(beside)
         levels = instance.levels
         if not self.rules.levels or len(levels) == 1:
             level = instance.plan_level
             if min(levels[level], self.capacity) > available + ROUNDING:
                 return None
-            return self._batch(instance, level, start, 1.0 + pressure, now)
+            return self._batch(instance, level, start, slow, now)
         best: Pick | None = None
-        loss = self._loss(instance) * instance.model.interference
+        loss = self._loss(instance)
         ceiling = min(available, self._fair_part(instance)) + ROUNDING
         for level, percent in enumerate(levels):
             if percent > ceiling and best is not None:
                 break
             if percent > available + ROUNDING:
                 break
-            pick = self._batch(instance, level, start, 1.0 + pressure, now)
+            pick = self._batch(instance, level, start, slow, now)
             pick.gain -= loss * percent
             if best is None or pick.gain > best.gain:
                 best = pick
         return best
 
     def _loss(self, instance: Instance) -> float:
-        """Speed that the others lose per unit of pressure added."""
+        """Speed that the others lose per percent granted to this one."""
         loss = 0.0
         for other in self.running:
             run = other.run
             if run is not None and other is not instance:
-                loss += run.worth / (run.alone_us * run.slow * run.slow)
+                slope = other.model.slope(self.promised - run.percent)
+                loss += run.worth * slope / (run.alone_us * run.slow * run.slow)
         return loss
 
     def _fair_part(self, instance: Instance) -> float:
@@ -274,7 +276,6 @@ class DStackEngine(EngineBase):
     def _batch(self, instance: Instance, level: int, start: int, slow: float, now: int) -> Pick:
         """The best batch at this level, starting at `start` with this slowdown by co-runners."""
         times, waiting, slo_us = instance.times, instance.waiting, instance.slo_us
-        row_us = times.us[level]
         percent = min(instance.levels[level], self.capacity)
         factor = slow * (1.0 + self.rules.safety)
         if not slo_us:

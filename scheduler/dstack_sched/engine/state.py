@@ -1,4 +1,4 @@
-"""What an engine remembers: models, their instances, and the batches that run. Mutable, owned by one engine."""
+"""What an engine remembers: models, instances, and the batches that run. Mutable, one engine's own."""
 
 from __future__ import annotations
 
@@ -15,8 +15,17 @@ class ModelState:
     """One model: its plan, and its place on the scoreboard."""
 
     __slots__ = (
-        "arrived", "interference", "late_rows", "name", "plan", "reported_us", "served_percent_us", "shed_count",
-        "slo_us", "vtime", "weight",
+        "exponent",
+        "late_rows",
+        "name",
+        "plan",
+        "reported_us",
+        "sensitivity",
+        "served_percent_us",
+        "shed_count",
+        "slo_us",
+        "vtime",
+        "weight",
     )  # fmt: skip
 
     def __init__(self, plan: EngineModel) -> None:
@@ -25,7 +34,6 @@ class ModelState:
         self.vtime = 0.0  # GPU%-time served over weight, lifted to the others' when it was away
         self.late_rows = 0
         self.shed_count = 0
-        self.arrived = 0
         self.reported_us = -NEVER
         self.adopt(plan)
 
@@ -33,7 +41,21 @@ class ModelState:
         self.plan = plan
         self.slo_us = plan.slo_us
         self.weight = max(plan.weight, 1e-6)
-        self.interference = plan.interference_per_percent
+        self.sensitivity = 100.0 * plan.interference_per_percent
+        self.exponent = plan.interference_exponent
+
+    def slowdown(self, co_percent: float) -> float:
+        """f'/f while co-runners hold co_percent of the GPU in all."""
+        if co_percent <= 0.0:
+            return 1.0
+        x = co_percent / 100.0
+        return 1.0 + self.sensitivity * (x if self.exponent == 1.0 else x**self.exponent)
+
+    def slope(self, co_percent: float) -> float:
+        """d slowdown / d co_percent."""
+        x = max(co_percent, 0.0) / 100.0
+        power = 1.0 if self.exponent == 1.0 else self.exponent * x ** (self.exponent - 1.0)
+        return self.sensitivity * power / 100.0
 
 
 class Run:
@@ -61,9 +83,10 @@ class Instance:
     """One running copy of a model and the state of its queue as it last reported it."""
 
     __slots__ = (
-        "batch_size", "boosted", "chainable", "chained", "deadline_us", "entry", "level", "levels", "lost_grant",
-        "lost_us", "max_batch", "model", "name", "plan_level", "rate_per_us", "rate_rows", "rate_since_us", "reject", "run",
-        "serial", "share", "slo_us", "times", "waiting", "work_since_us", "worth_per_row",
+        "batch_size", "boosted", "chainable", "chained", "deadline_us", "entry", "level", "levels",
+        "lost_grant", "lost_us", "max_batch", "model", "name", "plan_level", "rate_per_us", "rate_rows",
+        "rate_since_us", "reject", "run", "serial", "share", "slo_us", "times", "waiting", "work_since_us",
+        "worth_per_row",
     )  # fmt: skip
 
     def __init__(self, joined: BackendJoined, model: ModelState, serial: int) -> None:
