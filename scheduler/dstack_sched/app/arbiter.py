@@ -12,12 +12,14 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from time import perf_counter_ns
 from typing import Any, Protocol, TypeAlias
 
 from dstack_backend import wire
-from dstack_sched.app.arbiter_record import Record
+from dstack_sched.app import arbiter_view
+from dstack_sched.app.arbiter_record import PAGE_ROWS, Record
+from dstack_sched.app.arbiter_session import EPOCH_SHIFT, ID_MASK, Gpu, Outstanding, Session
 from dstack_sched.domain import decision as decisions
 from dstack_sched.domain.event import (
     BackendJoined,
@@ -28,7 +30,7 @@ from dstack_sched.domain.event import (
     TimerFired,
     WorkQueued,
 )
-from dstack_sched.domain.json_form import MAX_GPUS, gpus_from_json, gpus_to_json
+from dstack_sched.domain.json_form import MAX_GPUS, gpus_from_json
 from dstack_sched.domain.workload import OnLate
 from dstack_sched.engine.interface import Engine
 from dstack_sched.errors import DstackError, InputError
@@ -38,9 +40,7 @@ log = logging.getLogger("dstack.arbiter")
 Outgoing: TypeAlias = list[tuple[int, wire.Message]]
 Observer: TypeAlias = Callable[[int, Event, int, list[decisions.Decision]], None]
 
-MAX_OUTSTANDING = 2  # one running, one chained behind it: the contract with backends
-_EPOCH_SHIFT = 32
-_ID_MASK = (1 << _EPOCH_SHIFT) - 1
+VERBS = "ping, plan, status, timeline, policy"
 
 
 class ProtocolError(wire.WireError):
@@ -52,43 +52,6 @@ class PlanStore(Protocol):
 
     def load(self) -> Mapping[int, PlanChanged]: ...
     def save(self, plans: Mapping[int, PlanChanged]) -> bool: ...
-
-
-@dataclass(slots=True)
-class Outstanding:
-    """A grant that was sent and has not ended. wire_id 0: ungranted, found when joining."""
-
-    wire_id: int
-    gpu_percent: float
-    batch_size: int
-    granted_us: int
-    lease_until_us: int
-
-
-@dataclass(slots=True)
-class Session:
-    """One joined instance. waiting_since_us 0: nothing waits without a grant. Outstanding grants of another
-    epoch came from an engine before this one, which counts them as one batch under grant id 0."""
-
-    connection: int
-    number: int
-    gpu: int
-    joined: BackendJoined
-    pid: int
-    waiting: int = 0
-    earliest_deadline_us: int = 0
-    waiting_since_us: int = 0
-    free_since_us: int = 0
-    grants: list[Outstanding] = field(default_factory=list)
-
-
-@dataclass(slots=True)
-class Gpu:
-    """One GPU's engine, its plan and the time of its timer (0: none)."""
-
-    engine: Engine
-    plan: PlanChanged
-    timer_us: int = 0
 
 
 class ArbiterService:
@@ -115,7 +78,7 @@ class ArbiterService:
         self.policy = policy
         self._store = plans
         self._capacity_percent = capacity_percent
-        self._epoch = epoch & _ID_MASK
+        self._epoch = epoch & ID_MASK
         self._observe = observe
         self._started_us = now_us
         self._sessions: dict[int, Session] = {}
@@ -201,14 +164,14 @@ class ArbiterService:
         del self._sessions[session.connection]
         del self._by_instance[session.joined.instance]
         while session.grants:
-            self._close(session, session.grants.pop(0), now_us, 0, 0, "left")
+            session.close(session.grants.pop(0), now_us, 0, 0, "left", self.record)
         log.info("left: %s pid %d", session.joined.instance, session.pid)
         gpu = self._gpus[session.gpu]
         self._step(session.gpu, gpu, BackendLeft(session.joined.instance), now_us, out)
 
     def _work(self, session: Session, waiting: int, deadline_us: int, now_us: int, out: Outgoing) -> None:
         deadline_us = deadline_us if waiting else 0
-        self._note_queue(session, waiting, deadline_us, now_us)
+        session.note_queue(waiting, deadline_us, now_us)
         event = WorkQueued(session.joined.instance, waiting, deadline_us)
         self._step(session.gpu, self._gpus[session.gpu], event, now_us, out)
 
@@ -217,55 +180,27 @@ class ArbiterService:
         if done.late:
             self.record.model(session.joined.model).late_rows += done.late
         engine_id = self._take_grant(session, done, now_us)
-        self._note_queue(session, done.waiting, deadline_us, now_us)
+        session.note_queue(done.waiting, deadline_us, now_us)
         instance = session.joined.instance
         event: Event
         if engine_id is None:
             event = WorkQueued(instance, done.waiting, deadline_us)
         else:
-            event = BatchFinished(instance, engine_id, done.rows, done.run_us, done.waiting, deadline_us)
+            event = BatchFinished(
+                instance, engine_id, done.rows, done.run_us, done.waiting, deadline_us, done.late
+            )
         self._step(session.gpu, self._gpus[session.gpu], event, now_us, out)
 
     def _take_grant(self, session: Session, done: wire.Done, now_us: int) -> int | None:
-        """Close the grant that ended; the engine's id of it, None where the engine has nothing to end."""
-        for at, grant in enumerate(session.grants):
-            if grant.wire_id == done.grant_id:
-                del session.grants[at]
-                self._close(session, grant, now_us, done.rows, done.run_us, "done" if done.rows else "unused")
-                if grant.wire_id >> _EPOCH_SHIFT == self._epoch:
-                    return grant.wire_id & _ID_MASK
-                if any(other.wire_id >> _EPOCH_SHIFT != self._epoch for other in session.grants):
-                    return None  # the carried batch ends with the last of them
-                return 0
-        return None
-
-    def _close(
-        self, session: Session, grant: Outstanding, now_us: int, rows: int, run_us: int, outcome: str
-    ) -> None:
-        """Book a grant that ended. Its time on the device is as reported, within what is possible."""
-        end_us = max(grant.granted_us, min(now_us, grant.lease_until_us))
-        earliest_us = min(max(grant.granted_us, session.free_since_us), end_us)
-        start_us = max(earliest_us, end_us - run_us) if run_us else earliest_us
-        if outcome == "unused":
-            start_us = end_us
-        if now_us > grant.lease_until_us:
-            outcome = "lease"
-        session.free_since_us = now_us
-        joined = session.joined
-        self.record.model(joined.model).run_ms += run_us / 1000
-        self.record.ended(
-            session.gpu, joined.model, joined.instance, grant.gpu_percent, start_us, end_us, rows,
-            grant.batch_size, outcome,
-        )  # fmt: skip
-
-    @staticmethod
-    def _note_queue(session: Session, waiting: int, deadline_us: int, now_us: int) -> None:
-        session.waiting = waiting
-        session.earliest_deadline_us = deadline_us
-        if not waiting:
-            session.waiting_since_us = 0
-        elif not session.waiting_since_us:
-            session.waiting_since_us = now_us
+        """Book the grant that ended. The engine's id of it; None where the engine has nothing to end."""
+        grant = session.take(done.grant_id)
+        if grant is None:
+            return None
+        outcome = "done" if done.rows else "unused"
+        session.close(grant, now_us, done.rows, done.run_us, outcome, self.record)
+        if grant.epoch == self._epoch:
+            return grant.wire_id & ID_MASK
+        return None if session.carries_other_than(self._epoch) else 0
 
     # -- engines -----------------------------------------------------------------------------------------
 
@@ -296,21 +231,10 @@ class ArbiterService:
 
     def _grant(self, grant: decisions.Grant, now_us: int, out: Outgoing) -> None:
         session = self._by_instance[grant.instance]
-        wire_id = self._epoch << _EPOCH_SHIFT | (grant.grant_id & _ID_MASK)
-        session.grants.append(
-            Outstanding(wire_id, grant.gpu_percent, grant.batch_size, now_us, grant.lease_until_us)
-        )
-        counters = self.record.model(session.joined.model)
-        counters.grants += 1
-        if session.waiting_since_us:
-            counters.wait_us.add(now_us - session.waiting_since_us)
-            session.waiting_since_us = 0 if grant.batch_size >= session.waiting else now_us
-        out.append(
-            (
-                session.connection,
-                wire.Grant(wire_id, grant.batch_size, grant.gpu_percent, grant.lease_until_us),
-            )
-        )
+        wire_id = self._epoch << EPOCH_SHIFT | (grant.grant_id & ID_MASK)
+        percent, batch_size, lease_us = grant.gpu_percent, grant.batch_size, grant.lease_until_us
+        session.note_grant(Outstanding(wire_id, percent, batch_size, now_us, lease_us), now_us, self.record)
+        out.append((session.connection, wire.Grant(wire_id, batch_size, percent, lease_us)))
 
     # -- control -----------------------------------------------------------------------------------------
 
@@ -326,15 +250,12 @@ class ArbiterService:
                 case "status":
                     return {"ok": True} | self.status(now_us)
                 case "timeline":
-                    return {"ok": True} | self.timeline(
-                        body.get("since_seq", 0), body.get("limit", 200), now_us
-                    )
+                    return {"ok": True} | self._timeline(body, now_us)
                 case "policy":
                     return {"ok": True} | self._set_policy(body.get("name"), now_us, out)
         except DstackError as error:
             return {"ok": False, "error": str(error)}
-        verbs = "ping, plan, status, timeline, policy"
-        return {"ok": False, "error": f"unknown verb {str(verb)[:40]!r}; the verbs are {verbs}"}
+        return {"ok": False, "error": f"unknown verb {str(verb)[:40]!r}; the verbs are {VERBS}"}
 
     def _set_plans(self, plans: Mapping[int, PlanChanged], now_us: int, out: Outgoing) -> dict[str, Any]:
         """Plans take effect at the next grant; GPUs that are not named keep theirs."""
@@ -353,91 +274,43 @@ class ArbiterService:
         """Replace every engine by one of another policy; what runs now is carried over as running."""
         if not isinstance(name, str):
             raise InputError("policy: a name is wanted, as in {'verb': 'policy', 'name': 'dstack'}")
+        self._make_engine(name)  # an unknown name must change nothing
         before, engines = self.policy, {index: self._make_engine(name) for index in self._gpus}
         self.policy = name
-        self._epoch = (self._epoch + 1) & _ID_MASK
+        self._epoch = (self._epoch % ID_MASK) + 1  # never 0, that of ungranted batches
         for index, engine in engines.items():
             plan = self._gpus[index].plan
             gpu = self._gpus[index] = Gpu(engine, plan)
             self._step(index, gpu, plan, now_us, out)
-            for session in [s for s in self._sessions.values() if s.gpu == index]:
-                self._hand_over(session, gpu, now_us, out)
+            here = [session for session in self._sessions.values() if session.gpu == index]
+            for session in here:  # all that runs is counted before anything is granted
+                self._step(index, gpu, _as_running(session, now_us), now_us, out)
+            for session in here:
+                queue = session.joined.instance, session.waiting, session.earliest_deadline_us
+                self._step(index, gpu, WorkQueued(*queue), now_us, out)
         log.info("policy changed: %s -> %s", before, name)
         return {"policy": name, "before": before}
 
-    def _hand_over(self, session: Session, gpu: Gpu, now_us: int, out: Outgoing) -> None:
-        running = [grant for grant in session.grants if grant.lease_until_us > now_us]
-        joined = replace(
-            session.joined,
-            running_percent=max((grant.gpu_percent for grant in running), default=0.0),
-            running_until_us=max((grant.lease_until_us for grant in running), default=0),
-        )
-        self._step(session.gpu, gpu, joined, now_us, out)
-        queue = WorkQueued(joined.instance, session.waiting, session.earliest_deadline_us)
-        self._step(session.gpu, gpu, queue, now_us, out)
-
-    # -- what people and tools see -----------------------------------------------------------------------
-
     def status(self, now_us: int) -> dict[str, Any]:
-        """Counters, engines and backends in plain JSON types; totals count since the arbiter started."""
-        record = self.record
-        return {
+        """See arbiter_view.status; and who answers."""
+        about = {
             "version": 1,
             "pid": os.getpid(),
             "policy": self.policy,
-            "now_us": now_us,
             "uptime_s": round((now_us - self._started_us) / 1e6, 3),
-            "gpus": {str(index): self._gpu_status(index, gpu, now_us) for index, gpu in self._gpus.items()},
-            "models": {name: counters.as_dict() for name, counters in record.models.items()},
-            "backends": [self._backend_status(session, now_us) for session in self._sessions.values()],
-            "decision_us": record.decision_percentiles(),
-            "overload_reports": list(record.overload_reports)[-8:],
         }
+        return about | arbiter_view.status(self._gpus, self._sessions.values(), self.record, now_us)
 
-    def _gpu_status(self, index: int, gpu: Gpu, now_us: int) -> dict[str, Any]:
-        open_ms = sum(
-            grant.gpu_percent * max(0, min(now_us, grant.lease_until_us) - grant.granted_us) / 1000
-            for session in self._sessions.values() if session.gpu == index
-            for grant in session.grants[:1]
-        )  # fmt: skip
-        snapshot = gpu.engine.snapshot()
-        return {
-            "capacity_percent": gpu.plan.capacity_percent,
-            "granted_percent": snapshot.get("granted_percent", 0.0),
-            "gpu_percent_ms": round(self.record.gpu_percent_ms.get(index, 0.0) + open_ms, 1),
-            "planned_models": [model.name for model in gpu.plan.models],
-        }
+    def _timeline(self, body: Mapping[str, Any], now_us: int) -> dict[str, Any]:
+        since, limit = body.get("since_seq", 0), body.get("limit", PAGE_ROWS)
+        return arbiter_view.timeline(self._gpus, self._sessions.values(), self.record, since, limit, now_us)
 
-    @staticmethod
-    def _backend_status(session: Session, now_us: int) -> dict[str, Any]:
-        hung = any(grant.lease_until_us < now_us for grant in session.grants)
-        state = "hung" if hung else "running" if session.grants else "waiting" if session.waiting else "idle"
-        return {
-            "instance": session.joined.instance,
-            "model": session.joined.model,
-            "gpu": session.gpu,
-            "gpu_percent": session.joined.gpu_percent,
-            "pid": session.pid,
-            "state": state,
-            "waiting": session.waiting,
-            "outstanding": len(session.grants),
-        }
 
-    def timeline(self, since_sequence: object, limit: object, now_us: int) -> dict[str, Any]:
-        """A page of ended intervals after a sequence number, and what runs now. Errors: InputError."""
-        for name, value in (("since_seq", since_sequence), ("limit", limit)):
-            if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 53:
-                raise InputError(f"timeline: {name} must be a whole number from 0")
-        assert isinstance(since_sequence, int) and isinstance(limit, int)
-        running = [
-            [session.gpu, session.joined.model, session.joined.instance, grant.gpu_percent, grant.granted_us,
-             grant.batch_size]
-            for session in self._sessions.values() for grant in session.grants[:1]
-        ]  # fmt: skip
-        capacity = {str(index): gpu.plan.capacity_percent for index, gpu in self._gpus.items()}
-        page = self.record.page(since_sequence, limit)
-        return page | {"now_us": now_us, "running": running, "capacity_percent": capacity}
-
-    def plans(self) -> dict[str, Any]:
-        """The plans in force, in their JSON form."""
-        return gpus_to_json({index: gpu.plan for index, gpu in self._gpus.items()})
+def _as_running(session: Session, now_us: int) -> BackendJoined:
+    """The instance as it would join an engine that does not know of its outstanding grants."""
+    running = [grant for grant in session.grants if grant.lease_until_us > now_us]
+    return replace(
+        session.joined,
+        running_percent=max((grant.gpu_percent for grant in running), default=0.0),
+        running_until_us=max((grant.lease_until_us for grant in running), default=0),
+    )

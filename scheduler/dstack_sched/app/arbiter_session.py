@@ -1,0 +1,105 @@
+"""What the arbiter keeps of one joined instance and of one GPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from dstack_sched.app.arbiter_record import Record
+from dstack_sched.domain.event import BackendJoined, PlanChanged
+from dstack_sched.engine.interface import Engine
+
+EPOCH_SHIFT = 32
+ID_MASK = (1 << EPOCH_SHIFT) - 1
+MAX_OUTSTANDING = 16  # an instance that never answers; a sound one has 2: one running, one chained behind it
+
+
+@dataclass(slots=True)
+class Outstanding:
+    """A grant that was sent and has not ended. wire_id 0: ungranted, found running when it joined."""
+
+    wire_id: int
+    gpu_percent: float
+    batch_size: int
+    granted_us: int
+    lease_until_us: int
+
+    @property
+    def epoch(self) -> int:
+        return self.wire_id >> EPOCH_SHIFT
+
+
+@dataclass(slots=True)
+class Session:
+    """One joined instance. waiting_since_us 0: nothing waits without a grant. free_since_us: when its last
+    grant ended. Grants of another epoch came from an engine before this one, which counts them as one batch
+    under grant id 0."""
+
+    connection: int
+    number: int
+    gpu: int
+    joined: BackendJoined
+    pid: int
+    free_since_us: int
+    waiting: int = 0
+    earliest_deadline_us: int = 0
+    waiting_since_us: int = 0
+    grants: list[Outstanding] = field(default_factory=list)
+
+    def note_queue(self, waiting: int, deadline_us: int, now_us: int) -> None:
+        """The queue as the instance reports it."""
+        self.waiting = waiting
+        self.earliest_deadline_us = deadline_us
+        if not waiting:
+            self.waiting_since_us = 0
+        elif not self.waiting_since_us:
+            self.waiting_since_us = now_us
+
+    def note_grant(self, grant: Outstanding, now_us: int, record: Record) -> None:
+        """A grant was given: count it, and how long its rows waited for it."""
+        if len(self.grants) >= MAX_OUTSTANDING:
+            self.close(self.grants.pop(0), now_us, 0, 0, "lease", record)
+        self.grants.append(grant)
+        counters = record.model(self.joined.model)
+        counters.grants += 1
+        if self.waiting_since_us:
+            counters.wait_us.add(now_us - self.waiting_since_us)
+            self.waiting_since_us = 0 if grant.batch_size >= self.waiting else now_us
+
+    def take(self, wire_id: int) -> Outstanding | None:
+        """Remove an outstanding grant; None where there is no such."""
+        for at, grant in enumerate(self.grants):
+            if grant.wire_id == wire_id:
+                return self.grants.pop(at)
+        return None
+
+    def carries_other_than(self, epoch: int) -> bool:
+        """Whether grants of an engine before this one have not ended."""
+        return any(grant.epoch != epoch for grant in self.grants)
+
+    def close(
+        self, grant: Outstanding, now_us: int, rows: int, run_us: int, outcome: str, record: Record
+    ) -> None:
+        """Book a grant that ended. Its time on the device is as reported, within what is possible."""
+        end_us = max(grant.granted_us, min(now_us, grant.lease_until_us))
+        earliest_us = min(max(grant.granted_us, self.free_since_us), end_us)
+        start_us = max(earliest_us, end_us - run_us) if run_us else earliest_us
+        if outcome == "unused":
+            start_us = end_us
+        elif now_us > grant.lease_until_us:
+            outcome = "lease"
+        self.free_since_us = now_us
+        joined = self.joined
+        record.model(joined.model).run_ms += run_us / 1000
+        record.ended(
+            self.gpu, joined.model, joined.instance, grant.gpu_percent, start_us, end_us, rows,
+            grant.batch_size, outcome,
+        )  # fmt: skip
+
+
+@dataclass(slots=True)
+class Gpu:
+    """One GPU's engine, its plan and the time of its timer (0: none)."""
+
+    engine: Engine
+    plan: PlanChanged
+    timer_us: int = 0

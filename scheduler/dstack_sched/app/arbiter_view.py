@@ -1,0 +1,100 @@
+"""What people and tools see of the arbiter: status and timeline, in plain JSON types."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from dstack_sched.app.arbiter_record import Record
+from dstack_sched.app.arbiter_session import Gpu, Session
+from dstack_sched.errors import InputError
+
+REPORTS_SHOWN = 8
+
+
+def status(
+    gpus: Mapping[int, Gpu], sessions: Collection[Session], record: Record, now_us: int
+) -> dict[str, Any]:
+    """{"gpus", "models", "backends", "backend_states", "decision_us", "overload_reports"}.
+
+    Totals count since the arbiter started; utilization over a while is the difference of two
+    "gpu_percent_ms" over the time between, in percent of the GPU.
+    """
+    backends = [_backend(session, now_us) for session in sessions]
+    states = dict.fromkeys(("idle", "waiting", "running", "hung"), 0)
+    for backend in backends:
+        states[backend["state"]] += 1
+    return {
+        "now_us": now_us,
+        "gpus": {str(index): _gpu(index, gpu, sessions, record, now_us) for index, gpu in gpus.items()},
+        "models": {name: counters.as_dict() for name, counters in record.models.items()},
+        "backends": backends,
+        "backend_states": states,
+        "decision_us": record.decision_percentiles(),
+        "overload_reports": list(record.overload_reports)[-REPORTS_SHOWN:],
+    }
+
+
+def _gpu(index: int, gpu: Gpu, sessions: Collection[Session], record: Record, now_us: int) -> dict[str, Any]:
+    running_ms = sum(
+        grant.gpu_percent * max(0, min(now_us, grant.lease_until_us) - grant.granted_us) / 1000
+        for session in sessions if session.gpu == index
+        for grant in session.grants[:1]
+    )  # fmt: skip
+    return {
+        "capacity_percent": gpu.plan.capacity_percent,
+        "granted_percent": round(gpu.engine.snapshot().get("granted_percent", 0.0), 3),
+        "gpu_percent_ms": round(record.gpu_percent_ms.get(index, 0.0) + running_ms, 1),
+        "planned_models": [model.name for model in gpu.plan.models],
+    }
+
+
+def _backend(session: Session, now_us: int) -> dict[str, Any]:
+    """State "hung": a lease ended before its batch did."""
+    hung = any(grant.lease_until_us < now_us for grant in session.grants)
+    state = "hung" if hung else "running" if session.grants else "waiting" if session.waiting else "idle"
+    return {
+        "instance": session.joined.instance,
+        "model": session.joined.model,
+        "gpu": session.gpu,
+        "gpu_percent": session.joined.gpu_percent,
+        "pid": session.pid,
+        "state": state,
+        "waiting": session.waiting,
+        "outstanding": len(session.grants),
+    }
+
+
+def timeline(
+    gpus: Mapping[int, Gpu],
+    sessions: Collection[Session],
+    record: Record,
+    since_sequence: object,
+    limit: object,
+    now_us: int,
+) -> dict[str, Any]:
+    """A page of ended intervals after a sequence number, and what runs now. Errors: InputError."""
+    since, most = _count(since_sequence, "since_seq"), _count(limit, "limit")
+    running = [
+        {
+            "gpu": session.gpu,
+            "model": session.joined.model,
+            "instance": session.joined.instance,
+            "gpu_percent": grant.gpu_percent,
+            "start_us": max(grant.granted_us, session.free_since_us),
+            "batch_size": grant.batch_size,
+        }
+        for session in sessions
+        for grant in session.grants[:1]
+    ]
+    return record.page(since, most) | {
+        "now_us": now_us,
+        "running": running,
+        "capacity_percent": {str(index): gpu.plan.capacity_percent for index, gpu in gpus.items()},
+    }
+
+
+def _count(value: object, name: str) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 53:
+        raise InputError(f"timeline: {name} must be a whole number from 0")
+    return value
