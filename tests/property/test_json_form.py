@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from typing import Any
 
@@ -39,6 +40,7 @@ def models(draw: st.DrawFn, name: str) -> EngineModel:
         batch_sizes=batches if table else (),
         latency_ms=table,
         interference_per_percent=draw(st.floats(0.0, 0.1)),
+        interference_exponent=draw(st.floats(0.1, 3.0)),
     )
 
 
@@ -55,6 +57,16 @@ GPUS = st.dictionaries(st.integers(-1, 63), plans(), min_size=1, max_size=3)
 def test_plans_come_back_equal(gpus: dict[int, PlanChanged]) -> None:
     """Through real JSON, as it crosses the socket and the plan file."""
     assert gpus_from_json(json.loads(json.dumps(gpus_to_json(gpus)))) == gpus
+
+
+def test_no_field_is_lost_on_the_way() -> None:
+    """Guards against a new field of EngineModel that the reader forgets and fills with its default."""
+    model = EngineModel(
+        "m", 50.0, 8, 50_000, 2.0, OnLate.REJECT, 40.0, (25.0,), (4,), ((2.0,),), 0.001, 1.5
+    )  # fmt: skip
+    assert all(getattr(model, field.name) != field.default for field in dataclasses.fields(model))
+    plan = PlanChanged(150.0, (model,))
+    assert plan_from_json(gpus_to_json({0: plan})["0"]) == plan
 
 
 JSON = st.recursive(

@@ -243,7 +243,7 @@ def test_control_errors_are_one_line(body: dict, says: str) -> None:
 
 
 def test_policy_changes_live_and_what_runs_is_carried_over() -> None:
-    """Running batches count in the new engine before anything is granted; ends of old grants end them there."""
+    """Running batches count in the new engine before it grants anything; their ends arrive there."""
     bench = Bench()
     old = bench.join(1)
     bench.join(2)

@@ -112,6 +112,7 @@ def _model(raw: object, where: str) -> EngineModel:
         batch_sizes=tuple(int(batch) for batch in batches),
         latency_ms=_table(body.get("latency_ms", ()), f"{where}.latency_ms", len(percents), len(batches)),
         interference_per_percent=_number(body, "interference_per_percent", where, None, 1.0, default=0.0),
+        interference_exponent=_number(body, "interference_exponent", where, 0, 10.0, default=1.0),
     )
 
 

@@ -1,0 +1,93 @@
+"""`dstackctl arbiter`: the process that decides who runs now. `dstackctl serve` starts it."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Annotated
+
+import typer
+
+from dstack_backend.endpoint import socket_path
+from dstack_sched.adapters.arbiter_plan_file import ArbiterPlanFile
+from dstack_sched.adapters.arbiter_socket import ArbiterLoop, listening, monotonic_us
+from dstack_sched.app.arbiter import ArbiterService
+from dstack_sched.cli import app
+from dstack_sched.domain.json_form import MAX_CAPACITY_PERCENT
+from dstack_sched.engine.registry import make_engine
+from dstack_sched.errors import InputError
+
+NICE = -5  # on a CPU host the models' own threads hold every core, and a late grant idles one of them
+
+
+@app.command("arbiter")
+def arbiter_command(
+    policy: Annotated[str, typer.Option("--policy", metavar="NAME", help="Scheduling policy.")] = "dstack",
+    socket: Annotated[
+        Path | None,
+        typer.Option(
+            "--socket",
+            metavar="PATH",
+            help="Where to listen; default: $DSTACK_ARBITER_SOCKET or arbiter.sock in the runtime directory.",
+        ),
+    ] = None,
+    capacity: Annotated[
+        float,
+        typer.Option(
+            "--capacity", metavar="P", help="Sum of GPU% of all grants while no plan says otherwise."
+        ),
+    ] = 100.0,
+    plan_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--plan-file",
+            metavar="FILE",
+            help="Where the last plan is kept over a restart; default: beside the socket.",
+        ),
+    ] = None,
+) -> None:
+    """Decide which model instance runs now, with how much of the GPU. Runs until SIGTERM or Ctrl-C.
+
+    Example: dstackctl arbiter --policy dstack --capacity 200
+    """
+    if not 0 < capacity <= MAX_CAPACITY_PERCENT:
+        raise InputError(f"--capacity {capacity:g}: a percentage in (0, {MAX_CAPACITY_PERCENT:g}] is wanted")
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="arbiter: %(message)s")
+    path = (socket or socket_path()).absolute()
+    with listening(path) as server:
+        plans = ArbiterPlanFile(plan_file or path.with_suffix(".plan.json"))
+        service = ArbiterService(
+            make_engine, policy, plans, capacity_percent=capacity,
+            epoch=int.from_bytes(os.urandom(4), "little") | 1, now_us=monotonic_us(),
+        )  # fmt: skip
+        loop = ArbiterLoop(server, service)
+        _stop_on_signals(loop)
+        _tune_process()
+        logging.getLogger("dstack.arbiter").info(
+            "listening at %s, policy %s, pid %d", path, policy, os.getpid()
+        )
+        loop.run()
+
+
+def _stop_on_signals(loop: ArbiterLoop) -> None:
+    def stop(signum: int, frame: FrameType | None) -> None:
+        loop.stop()
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+
+def _tune_process() -> None:
+    """No collector on the hot path (the loop collects while idle) and, where allowed, ahead of the models."""
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    with contextlib.suppress(PermissionError):  # an ordinary user cannot; the default priority works too
+        os.setpriority(os.PRIO_PROCESS, 0, NICE)
