@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from dstack_sched.domain.change import ConfigEdit
+from dstack_sched.domain.model_config import ConfigChange, ModelConfig
 from dstack_sched.domain.profile import CorunPoint, Device, ModelProfile, ProfilePoint, ProfileSet
 
 
@@ -48,10 +50,21 @@ class ProfileStore(Protocol):
 
 
 class LatencyProbe(Protocol):
-    """Measures one model with the backend's own runtime, at chosen points. Close it to free the device."""
+    """Measures one model with the backend's own runtime, at chosen points. Close it to free the device.
+
+    Errors: MachineError for a worker that dies or stays silent, InputError where the model cannot run so.
+    """
 
     def device(self) -> Device: ...
+    def prepare(self, gpu_percents: Iterable[float]) -> None:
+        """Make these GPU% ready to measure, all together: that is faster than one after the other."""
+        ...
+
     def measure(self, gpu_percent: float, batch_size: int) -> ProfilePoint: ...
+    def memory_bytes(self) -> int:
+        """The most that one instance of the model held so far."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -75,10 +88,50 @@ class ArbiterClient(Protocol):
 
 
 class ModelRepository(Protocol):
-    """A Triton model repository on disk. Writes are atomic and can be undone."""
+    """A Triton model repository on disk. Errors: InputError, one line that names the file.
+
+    Texts are UTF-8 with surrogateescape, so that bytes of any kind survive; None means no config file.
+    """
 
     root: Path
 
     def models(self) -> tuple[str, ...]: ...
-    def read_config(self, model: str) -> str: ...
-    def write_config(self, model: str, text: str) -> None: ...
+    def config_path(self, model: str) -> Path: ...
+    def read_config(self, model: str) -> str | None: ...
+    def write_config(self, model: str, text: str | None) -> None:
+        """Atomic, and newer than what was there: Triton reloads by time stamp. None removes the file."""
+        ...
+
+    def config(self, model: str) -> ModelConfig:
+        """What the config states of interest to us; the defaults where there is no file."""
+        ...
+
+    def edited(self, model: str, change: ConfigChange) -> str:
+        """The config text with a change in it, all else byte for byte; nothing is written."""
+        ...
+
+    def check_writable(self, model: str) -> None:
+        """Errors: InputError where write_config could not work. Changes nothing."""
+        ...
+
+
+class EditJournal(Protocol):
+    """The rewrites of one plan under way, on disk, so that a controller that died can be cleaned up after."""
+
+    def begin(self, edits: Iterable[ConfigEdit]) -> None:
+        """Replaces what was there; on disk when it returns."""
+        ...
+
+    def end(self) -> None: ...
+    def pending(self) -> tuple[ConfigEdit, ...]: ...
+
+
+class StubProcesses(Protocol):
+    """The stub processes of the models of a Triton on this host."""
+
+    def pids(self, model: str) -> frozenset[int] | None:
+        """Process ids of a model's stubs; None where they cannot be seen, say why in `blind_reason`."""
+        ...
+
+    def alive(self, pids: frozenset[int]) -> frozenset[int]: ...
+    def blind_reason(self) -> str: ...

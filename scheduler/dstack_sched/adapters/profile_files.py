@@ -16,6 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dstack_sched.domain.order import MONOTONE_TOLERANCE, non_monotone
 from dstack_sched.domain.profile import (
     CorunMember,
     CorunPoint,
@@ -30,9 +31,6 @@ from dstack_sched.errors import InputError
 
 VERSION = 1
 MIN_POINTS = 2
-# Medians of a quiet device repeat within a few percent; a latency that goes the wrong way by more than this
-# is a broken measurement (a busy device, swapped columns), and planning on it would be planning on noise.
-MONOTONE_TOLERANCE = 0.20
 
 
 class ProfileFile(NamedTuple):
@@ -156,23 +154,6 @@ def check_points(points: Sequence[ProfilePoint], where: str) -> None:
             f" batch {slow.batch_size} but {fast.latency_ms_p50:g} ms at GPU% {fast.gpu_percent:g},"
             f" batch {fast.batch_size} (over {MONOTONE_TOLERANCE:.0%} off); measure again on a quiet device"
         )
-
-
-def non_monotone(
-    points: Sequence[ProfilePoint], tolerance: float = MONOTONE_TOLERANCE
-) -> list[tuple[ProfilePoint, ProfilePoint]]:
-    """Pairs (slow, fast) where `slow` has at least the GPU% and at most the batch of `fast` and yet takes
-    more than (1 + tolerance) of its time; the worst pair first."""
-    pairs = [
-        (slow, fast)
-        for slow in points
-        for fast in points
-        if slow is not fast
-        and slow.gpu_percent >= fast.gpu_percent
-        and slow.batch_size <= fast.batch_size
-        and slow.latency_ms_p50 > fast.latency_ms_p50 * (1 + tolerance)
-    ]
-    return sorted(pairs, key=lambda pair: pair[1].latency_ms_p50 / pair[0].latency_ms_p50)
 
 
 def check_device(profiles: ProfileSet, device: Device, source: str) -> None:

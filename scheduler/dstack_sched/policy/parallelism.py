@@ -5,7 +5,7 @@ SMs it takes
 
     max(ceil(n_i(b) / s) t_i, d_i(b) / B(s)) + t_launch,   B(s) = min(s B_sm, B_max)
 
-and the model takes the sum of its kernels plus a constant t_call for the call itself. A block is a tile x tile
+and the model takes the sum of its kernels plus a constant t_call. A block is a tile x tile
 piece of a matrix product, over at most SPLIT_DEPTH of its depth (libraries split a long sum where there are
 few tiles), or ELEMENTS_PER_BLOCK elements of anything else. A small batch offers fewer blocks than there
 are SMs and leaves the rest idle: that is the knee.

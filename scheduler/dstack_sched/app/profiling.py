@@ -1,0 +1,314 @@
+"""Profile a model: measure few points, well chosen, until the latency surface is known well enough.
+
+Every point is stored as it is measured, so a run that is cut short goes on where it was, and a model that is
+known on this device costs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import product
+
+from dstack_sched.domain.kernels import KernelWork
+from dstack_sched.domain.order import non_monotone
+from dstack_sched.domain.profile import CorunPoint, Device, Knee, LatencyFit, ModelProfile, ProfilePoint
+from dstack_sched.errors import InputError
+from dstack_sched.policy.knee import knee_percent
+from dstack_sched.policy.latency import LatencySurface, fit_profile
+from dstack_sched.policy.sampling import Place, next_place, start_design, surface_error
+from dstack_sched.ports import Clock, LatencyProbe, ProfileStore
+
+KNEE_BATCH = 16
+MAX_REPEATS = 6
+CPU_BATCHES = (1, 2, 4, 8)
+GPU_BATCHES = (1, 2, 4, 8, 16, 32)
+GPU_PERCENTS = (10.0, 20.0, 30.0, 40.0, 60.0, 80.0, 100.0)
+CPU_DRIVER = "cpu"
+
+
+@dataclass(frozen=True, slots=True)
+class ProfilingOptions:
+    """percents, batches: candidates, ascending; empty: those that suit the device.
+
+    target_error: stop when the surface is known this well. time_budget_s: stop then in any case.
+    exhaustive: measure all candidates. limit_ms: batches that would take longer than this are left out.
+    """
+
+    percents: tuple[float, ...] = ()
+    batches: tuple[int, ...] = ()
+    target_error: float = 0.05
+    time_budget_s: float = 60.0
+    exhaustive: bool = False
+    limit_ms: float = 4000.0
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """After each point. error: of the surface so far (inf while unknown); left_s: of the time budget."""
+
+    model: str
+    points: int
+    error: float
+    left_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class ProfilingResult:
+    """error: as policy.sampling.surface_error; measured, reused: points; seconds: all of it, loading too."""
+
+    profile: ModelProfile
+    device: Device
+    error: float
+    measured: int
+    reused: int
+    seconds: float
+    notes: tuple[str, ...] = field(default=())
+
+
+def candidate_percents(device: Device) -> tuple[float, ...]:
+    """GPU% worth measuring: whole cores on a CPU host (at most 8 of them, spread), tenths on a GPU."""
+    if device.driver != CPU_DRIVER:
+        return GPU_PERCENTS
+    cores = sorted({max(1, round(device.sms * k / 8)) for k in range(1, 9)})
+    return tuple(100.0 * count / device.sms for count in cores)
+
+
+def candidate_batches(device: Device, max_batch_size: int | None = None) -> tuple[int, ...]:
+    """Batch sizes worth measuring: powers of two up to what the device is good for, and the largest allowed."""
+    usual = CPU_BATCHES if device.driver == CPU_DRIVER else GPU_BATCHES
+    if max_batch_size is None:
+        return usual
+    return tuple(sorted({batch for batch in usual if batch <= max_batch_size} | {max(1, max_batch_size)}))
+
+
+def with_fit(profile: ModelProfile) -> ModelProfile:
+    """The profile with fit and knee computed from its points (at batch KNEE_BATCH or the largest below)."""
+    surface = LatencySurface(profile.name, profile.points)
+    batch = max((b for b in surface.batches if b <= KNEE_BATCH), default=surface.batches[0])
+    knee = Knee(knee_percent(surface, batch), batch)
+    fit: LatencyFit = fit_profile(profile.points)
+    return replace(profile, fit=fit, knee=knee)
+
+
+def profile_model(
+    name: str,
+    sha256: str,
+    probe: LatencyProbe,
+    store: ProfileStore,
+    clock: Clock,
+    options: ProfilingOptions,
+    kernels: Sequence[KernelWork] = (),
+    on_progress: Callable[[Progress], None] = lambda _: None,
+) -> ProfilingResult:
+    """Measure one model, alone on the device. kernels: its graph, for the parallelism model; may be empty.
+
+    Errors: InputError when the model cannot run, MachineError when the device or a worker fails.
+    """
+    run = _Run(name, sha256, probe, store, clock, options, kernels, on_progress)
+    if not run.done():
+        probe.prepare(run.percents)
+        run.measure_start()
+        run.measure_on()
+        run.repair()
+    return run.result()
+
+
+class _Run:
+    """The state of one profile_model call."""
+
+    def __init__(
+        self,
+        name: str,
+        sha256: str,
+        probe: LatencyProbe,
+        store: ProfileStore,
+        clock: Clock,
+        options: ProfilingOptions,
+        kernels: Sequence[KernelWork],
+        on_progress: Callable[[Progress], None],
+    ) -> None:
+        self._probe, self._store, self._clock, self._options = probe, store, clock, options
+        self._kernels, self._on_progress = kernels, on_progress
+        self._started_us = clock.now_us()
+        self.device = probe.device()
+        known = store.get(sha256, self.device)
+        self._profile = replace(known or ModelProfile(name, sha256, 0, ()), name=name)
+        self._points = {(p.gpu_percent, p.batch_size): p for p in self._profile.points}
+        self._reused = len(self._points)
+        self._measured = 0
+        self._notes: list[str] = []
+        self.percents = options.percents or candidate_percents(self.device)
+        self._batches = options.batches or candidate_batches(self.device)
+
+    def done(self) -> bool:
+        """Whether the points are good enough (or all there, where all are wanted)."""
+        if self._options.exhaustive:
+            return not self._open_places()
+        return self._error() <= self._options.target_error and not self._open_places(self._batches[-1:])
+
+    def measure_start(self) -> None:
+        """The start design, cheapest place first; batches that would be too long or do not fit are dropped."""
+        self._measure((self.percents[-1], self._batches[0]))
+        alone = self._points[self.percents[-1], self._batches[0]]
+        slowest_ms = alone.latency_ms_p50 * 100.0 / self.percents[0]
+        short = tuple(b for b in self._batches if slowest_ms * b / self._batches[0] <= self._options.limit_ms)
+        self._drop(short or self._batches[:1], f"a run would take more than {self._options.limit_ms:g} ms")
+        for place in start_design(self.percents, self._batches):
+            if place[1] in self._batches:
+                self._measure(place)
+
+    def measure_on(self) -> None:
+        """Measure where it tells the most, until done or out of time or places."""
+        while not self.done() and self._left_s() > 0:
+            places = self._candidates()
+            if self._options.exhaustive:
+                self._measure(self._open_places()[0])
+                continue
+            chosen = next_place(tuple(self._points.values()), places, self._kernels, self.device.sms)
+            if chosen is None:
+                return
+            self._measure(chosen[0])
+
+    def repair(self) -> None:
+        """Measure points again that break the order of latencies: noise only ever adds. Give up the slow one
+        of a pair that stays wrong."""
+        for repeat in range(MAX_REPEATS):
+            wrong = non_monotone(tuple(self._points.values()))
+            if not wrong:
+                return
+            slow, fast = wrong[0]
+            if repeat < MAX_REPEATS // 2 and self._left_s() > 0:
+                self._measure((slow.gpu_percent, slow.batch_size), again=True)
+            else:
+                del self._points[slow.gpu_percent, slow.batch_size]
+                self._store_points()
+                self._notes.append(
+                    f"{self._profile.name}: GPU% {slow.gpu_percent:g}, batch {slow.batch_size} left out:"
+                    f" {slow.latency_ms_p50:.3g} ms, slower than GPU% {fast.gpu_percent:g},"
+                    f" batch {fast.batch_size} even when measured again; is the device busy?"
+                )
+
+    def result(self) -> ProfilingResult:
+        """The profile with fit and knee, stored. Errors: InputError when too few points could be measured."""
+        if len(self._points) < 2:
+            raise InputError(
+                f"{self._profile.name}: only {len(self._points)} point could be measured; allow more GPU%,"
+                " batch sizes or time"
+            )
+        self._profile = with_fit(replace(self._profile, points=tuple(self._points.values())))
+        self._store.put(self._profile, self.device)
+        return ProfilingResult(
+            self._profile,
+            self.device,
+            self._error(),
+            self._measured,
+            self._reused,
+            (self._clock.now_us() - self._started_us) / 1e6,
+            tuple(self._notes),
+        )
+
+    def _candidates(self) -> list[Place]:
+        return [(p, b) for b, p in product(self._batches, reversed(self.percents))]
+
+    def _open_places(self, batches: Iterable[int] | None = None) -> list[Place]:
+        wanted = set(self._batches if batches is None else batches)
+        if not self._options.exhaustive and any(b in wanted for _, b in self._points):
+            return []
+        return [place for place in self._candidates() if place[1] in wanted and place not in self._points]
+
+    def _error(self) -> float:
+        return surface_error(tuple(self._points.values()))
+
+    def _left_s(self) -> float:
+        return self._options.time_budget_s - (self._clock.now_us() - self._started_us) / 1e6
+
+    def _drop(self, keep: tuple[int, ...], why: str) -> None:
+        dropped = [batch for batch in self._batches if batch not in keep]
+        if dropped:
+            self._batches = keep
+            self._notes.append(f"{self._profile.name}: batches of {dropped[0]} and more are left out: {why}")
+
+    def _measure(self, place: Place, again: bool = False) -> None:
+        if place in self._points and not again:
+            return
+        try:
+            point = self._probe.measure(*place)
+        except InputError as error:
+            if place[1] == self._batches[0]:
+                raise
+            self._drop(tuple(b for b in self._batches if b < place[1]), str(error))
+            return
+        before = self._points.get(place)
+        if before is None or point.latency_ms_p50 < before.latency_ms_p50:
+            self._points[place] = point
+        self._measured += 1
+        self._store_points()
+        self._on_progress(
+            Progress(self._profile.name, len(self._points), self._error(), max(0.0, self._left_s()))
+        )
+
+    def _store_points(self) -> None:
+        memory = max(self._profile.memory_bytes, self._probe.memory_bytes())
+        self._profile = replace(self._profile, points=tuple(self._points.values()), memory_bytes=memory)
+        self._store.put(self._profile, self.device)
+
+
+CorunRunner = Callable[[tuple[tuple[str, float, int], ...]], CorunPoint]
+
+
+def measure_coruns(
+    design: Iterable[tuple[tuple[str, float], ...]],
+    batches: dict[str, int],
+    run: CorunRunner,
+    store: ProfileStore,
+    device: Device,
+    hashes: dict[str, str],
+    left_s: Callable[[], float],
+    on_point: Callable[[CorunPoint], None] = lambda _: None,
+) -> tuple[CorunPoint, ...]:
+    """Measure models side by side, as far as the time goes; what is stored already is not measured again.
+
+    design: ((model, GPU%), ...) entries; batches: the batch size of each model. `run` measures one entry.
+    """
+    stored = {_setting(point): point for point in store.corun(device)}
+    names = {sha256: name for name, sha256 in hashes.items()}
+    found = []
+    for entry in design:
+        seats = tuple((name, percent, batches[name]) for name, percent in entry)
+        key = tuple(sorted((hashes[name], percent, batch) for name, percent, batch in seats))
+        point = stored.get(key)
+        if point is None:
+            if left_s() <= 0:
+                break
+            point = _renamed(run(seats), hashes)
+            store.put_corun([point], device)
+        found.append(_renamed(point, names))
+        on_point(found[-1])
+    return tuple(found)
+
+
+def _renamed(point: CorunPoint, names: dict[str, str]) -> CorunPoint:
+    return CorunPoint(tuple(replace(member, model=names[member.model]) for member in point.members))
+
+
+def _setting(point: CorunPoint) -> tuple[tuple[str, float, int], ...]:
+    return tuple(sorted((member.model, member.gpu_percent, member.batch_size) for member in point.members))
+
+
+def corun_batches(profiles: Iterable[ModelProfile], wanted: int = 8) -> dict[str, int]:
+    """For each model the measured batch size nearest below `wanted` (the smallest where none is)."""
+    return {
+        profile.name: max(
+            (p.batch_size for p in profile.points if p.batch_size <= wanted),
+            default=min(p.batch_size for p in profile.points),
+        )
+        for profile in profiles
+    }
+
+
+def best_points(profile: ModelProfile) -> list[ProfilePoint]:
+    """The measured points by efficacy b / (p f^2), best first."""
+    return sorted(
+        profile.points, key=lambda x: -x.batch_size / (x.gpu_percent * x.latency_ms_p50 * x.latency_ms_p50)
+    )
