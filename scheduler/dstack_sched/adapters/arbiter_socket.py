@@ -167,11 +167,13 @@ class ArbiterLoop:
         *,
         now_us: Callable[[], int] = monotonic_us,
         max_clients: int = MAX_CLIENTS,
+        first_message_within_us: int = FIRST_MESSAGE_WITHIN_US,
     ) -> None:
         self._server = server
         self._service = service
         self._now_us = now_us
         self._max_clients = max_clients
+        self._first_message_within_us = first_message_within_us
         self._epoll = select.epoll()
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._clients: dict[int, _Client] = {}
@@ -246,8 +248,8 @@ class ArbiterLoop:
         """Collect garbage (the collector is off on the hot path) and drop those that never said a word."""
         gc.collect(1)
         for client in list(self._clients.values()):
-            if not client.introduced and now_us - client.opened_us > FIRST_MESSAGE_WITHIN_US:
-                self._drop(client, "silent", "no message in 10 s")
+            if not client.introduced and now_us - client.opened_us > self._first_message_within_us:
+                self._drop(client, "silent", f"no message in {self._first_message_within_us / 1e6:g} s")
 
     def _accept(self) -> None:
         while True:
