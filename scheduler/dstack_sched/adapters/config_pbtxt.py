@@ -246,7 +246,7 @@ class ConfigPbtxt:
         text = self._text
         for field in reversed(fields[1:] if values else fields):
             text = pbtxt_edit.remove_field(text, field)
-        new = f"[ {', '.join(map(str, values))} ]"
+        new = _list_text(values)
         if fields and values:
             text = pbtxt_edit.replace_value(text, fields[0].value, new)
         elif values:
@@ -318,5 +318,9 @@ class ConfigPbtxt:
 
 
 def _group_text(group: InstanceGroup) -> str:
-    gpus = f" gpus: {list(group.gpus)}" if group.gpus else ""
+    gpus = f" gpus: {_list_text(group.gpus)}" if group.gpus else ""
     return f"{{ count: {group.count} kind: {group.kind}{gpus} }}"
+
+
+def _list_text(values: Sequence[int]) -> str:
+    return f"[ {', '.join(map(str, values))} ]"

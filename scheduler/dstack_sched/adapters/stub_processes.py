@@ -1,0 +1,91 @@
+"""ports.StubProcesses by process inspection: the stubs of a Triton on this host, found by its gRPC port.
+
+A stub is a child of tritonserver, `triton_python_backend_stub ARGUMENTS... INSTANCE_NAME BACKEND_DIR`, where
+the instance is named `<model>_<group>_<number>`.
+"""
+
+from __future__ import annotations
+
+import re
+import socket
+
+import psutil
+
+SERVER_NAME = "tritonserver"
+STUB_NAME = "triton_python_backend_stub"
+
+
+class LocalStubProcesses:
+    """The stubs of the Triton that listens at `url` (HOST:PORT), if it runs on this host and can be seen."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._server: psutil.Process | None = None
+        self._blind = ""
+
+    def pids(self, model: str) -> frozenset[int] | None:
+        server = self._find_server()
+        if server is None:
+            return None
+        instance = re.compile(re.escape(model) + r"(_\d+){1,2}")
+        try:
+            children = server.children()
+        except psutil.Error as error:
+            self._blind = f"the processes of Triton at {self._url} cannot be listed ({error})"
+            return None
+        return frozenset(child.pid for child in children if _is_stub_of(child, instance))
+
+    def alive(self, pids: frozenset[int]) -> frozenset[int]:
+        return frozenset(pid for pid in pids if _runs(pid))
+
+    def blind_reason(self) -> str:
+        return self._blind
+
+    def _find_server(self) -> psutil.Process | None:
+        if self._server is not None and self._server.is_running():
+            return self._server
+        host, _, port = self._url.rpartition(":")
+        self._server = None
+        if not _is_local(host):
+            self._blind = f"Triton at {self._url} is on another host: its old processes cannot be seen"
+            return None
+        candidates = [
+            p for p in psutil.process_iter(["name"]) if (p.info["name"] or "").startswith(SERVER_NAME)
+        ]
+        self._server = next((p for p in candidates if _listens(p, int(port))), None)
+        if self._server is None:
+            self._blind = f"no process of this host that we may look at listens at {self._url}"
+        return self._server
+
+
+def _is_stub_of(process: psutil.Process, instance: re.Pattern[str]) -> bool:
+    try:
+        argv = process.cmdline()
+    except psutil.Error:
+        return False
+    return bool(argv) and argv[0].endswith(STUB_NAME) and any(instance.fullmatch(word) for word in argv[1:])
+
+
+def _listens(process: psutil.Process, port: int) -> bool:
+    try:
+        connections = process.net_connections("tcp")
+    except psutil.Error:
+        return False
+    return any(c.status == psutil.CONN_LISTEN and c.laddr.port == port for c in connections)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
+def _is_local(host: str) -> bool:
+    """Whether a name or address is this host: loopback, or an address of one of its interfaces."""
+    try:
+        wanted = {str(info[4][0]) for info in socket.getaddrinfo(host.strip("[]") or "localhost", None)}
+    except OSError:
+        return False
+    own = {address.address for addresses in psutil.net_if_addrs().values() for address in addresses}
+    return any(address in own or address.startswith("127.") or address == "::1" for address in wanted)

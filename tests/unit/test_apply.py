@@ -1,0 +1,271 @@
+"""Applying a plan, on a real directory and a fake Triton: what changes, what must not, and the way back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dstack_sched.adapters.edit_journal import FileEditJournal
+from dstack_sched.adapters.repository import DiskRepository
+from dstack_sched.app.apply import Applier
+from dstack_sched.domain.plan import ModelPlan, Plan, Replica
+from dstack_sched.errors import InputError, MachineError
+from fakes.serving import FakeClock, FakeServer
+
+DETECT = '# text detection\nbackend: "dstack"\nmax_batch_size: 8\n'
+VOICE = (
+    'backend: "dstack"\nmax_batch_size: 0\nparameters { key: "gpu_percent" value { string_value: "90" } }\n'
+)
+
+
+def row(gpu_percent: float, batch_size: int, slo_ms: float | None = 50.0, **extra: object) -> ModelPlan:
+    return ModelPlan(
+        gpu=0, gpu_percent=gpu_percent, batch_size=batch_size, max_queue_delay_us=500, latency_ms=10.0,
+        throughput_per_s=100.0, efficacy=1.0, knee_percent=40.0, utilization=0.5, slo_ms=slo_ms, **extra,
+    )  # fmt: skip
+
+
+def plan(gpus: tuple[str, ...] = ("cpu",), **models: ModelPlan) -> Plan:
+    return Plan(100.0, gpus, dict(models), True, (), 1.5)
+
+
+class World:
+    """A repository with two models, both loaded, and an applier."""
+
+    def __init__(self, tmp_path: Path) -> None:
+        self.root = tmp_path / "models"
+        for name, text in (("detect", DETECT), ("voice", VOICE)):
+            (self.root / name / "1").mkdir(parents=True)
+            (self.root / name / "1" / "model.onnx").write_bytes(b"onnx")
+            (self.root / name / "config.pbtxt").write_text(text)
+        self.repository = DiskRepository(self.root)
+        self.server = FakeServer(self.repository, "detect", "voice")
+        self.clock = FakeClock()
+        self.journal = FileEditJournal(tmp_path / "state", self.root)
+        self.journal.folder.mkdir(parents=True)
+        self.said: list[str] = []
+        self.applier = self.new_applier()
+
+    def new_applier(self) -> Applier:
+        return Applier(self.repository, self.server, self.journal, self.server, self.clock, self.said.append)
+
+    def texts(self) -> dict[str, bytes]:
+        return {str(p.relative_to(self.root)): p.read_bytes() for p in self.root.rglob("*") if p.is_file()}
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World(tmp_path)
+
+
+def test_a_plan_is_written_loaded_and_reported(world: World) -> None:
+    report = world.applier.apply(plan(detect=row(60, 4), voice=row(30, 1)))
+    assert world.repository.read_config("detect") == (
+        DETECT
+        + "dynamic_batching { preferred_batch_size: [ 4 ] max_queue_delay_microseconds: 500 }\n"
+        + 'parameters { key: "gpu_percent" value { string_value: "60" } }\n'
+        + 'parameters { key: "batch_size" value { string_value: "4" } }\n'
+        + 'parameters { key: "slo_ms" value { string_value: "50" } }\n'
+        + 'parameters { key: "on_late" value { string_value: "serve" } }\n'
+    )
+    assert "dynamic_batching" not in str(world.repository.read_config("voice")), "it has no batch dimension"
+    assert world.server.loads == ["voice", "detect"], "the one that shrinks makes room first"
+    assert report.reloads == 2
+    assert all(outcome.old_stubs_gone for outcome in report.outcomes)
+    assert not world.server.lingering or not world.server.alive(frozenset(world.server.lingering))
+    assert world.journal.pending() == ()
+
+
+def test_the_same_plan_again_reloads_nothing_and_touches_no_file(world: World) -> None:
+    world.applier.apply(plan(detect=row(60, 4), voice=row(30, 1)))
+    before = {p: p.stat().st_mtime_ns for p in world.root.rglob("*")}
+    world.server.loads.clear()
+    report = world.applier.apply(plan(detect=row(60.0, 4), voice=row(30, 1)))
+    assert world.server.loads == []
+    assert {outcome.action for outcome in report.outcomes} == {"unchanged"}
+    assert {p: p.stat().st_mtime_ns for p in world.root.rglob("*")} == before
+
+
+def test_a_config_on_disk_that_is_not_in_force_is_loaded(world: World) -> None:
+    """Guards against trusting the file alone: someone may have edited it without loading."""
+    world.applier.apply(plan(detect=row(60, 4)))
+    world.server.in_force["detect"] = {"max_batch_size": 8, "parameters": {}}
+    stamp = world.repository.config_path("detect").stat().st_mtime_ns
+    assert world.applier.apply(plan(detect=row(60, 4))).reloads == 1
+    assert world.repository.config_path("detect").stat().st_mtime_ns > stamp, "Triton would ignore the load"
+
+
+def test_a_failed_load_puts_every_model_back(world: World) -> None:
+    before, in_force = world.texts(), dict(world.server.in_force)
+    world.server.fails = lambda model, parameters: (
+        "out of memory" if parameters.get("gpu_percent") == "60" else ""
+    )
+    with pytest.raises(
+        InputError, match=r"^detect: the plan could not be put in force, all is as before: .*out of"
+    ):
+        world.applier.apply(plan(detect=row(60, 4), voice=row(30, 1)))
+    assert world.texts() == before
+    assert world.server.in_force == in_force, "voice had the new config and must have the old one again"
+    assert world.journal.pending() == ()
+
+
+def test_a_model_that_was_not_loaded_is_unloaded_again_on_failure(world: World) -> None:
+    world.server.unload("voice")
+    world.server.fails = lambda model, parameters: "no" if parameters.get("gpu_percent") == "60" else ""
+    with pytest.raises(InputError):
+        world.applier.apply(plan(detect=row(60, 4), voice=row(30, 1)))
+    assert not world.server.is_model_ready("voice")
+
+
+@pytest.mark.parametrize(
+    ("text", "batch", "message"),
+    [
+        ('backend: "onnxruntime"\n', 1, r'belongs to backend "onnxruntime".*dstackctl adopt'),
+        ('platform: "onnxruntime_onnx"\n', 1, r'belongs to backend "onnxruntime_onnx"'),
+        ("max_batch_size: 8\n", 1, r'belongs to backend "unnamed"'),
+        ('backend: "dstack"\nmax_batch_size: eight\n', 1, r"config.pbtxt:2: a whole number is wanted"),
+        ('backend: "dstack"\nsequence_batching { }\n', 1, r"uses sequence_batching"),
+        (DETECT, 16, r"max_batch_size is 8, the plan wants batches of 16"),
+        (VOICE, 2, r"max_batch_size is 0, the plan wants batches of 2"),
+    ],
+)
+def test_a_config_that_cannot_take_the_plan_changes_nothing(
+    world: World, text: str, batch: int, message: str
+) -> None:
+    (world.root / "detect" / "config.pbtxt").write_text(text)
+    before = world.texts()
+    with pytest.raises(InputError, match=message):
+        world.applier.apply(plan(voice=row(30, 1), detect=row(60, batch)))
+    assert world.texts() == before
+    assert world.server.loads == []
+
+
+def test_a_plan_for_a_model_that_is_not_there(world: World) -> None:
+    with pytest.raises(InputError, match=r"the plan names ghost, not in .*; it has detect, voice"):
+        world.applier.apply(plan(voice=row(30, 1), ghost=row(60, 1)))
+    assert world.server.loads == []
+
+
+def test_a_model_without_a_config_file_gets_one_and_loses_it_on_failure(world: World) -> None:
+    path = world.root / "detect" / "config.pbtxt"
+    path.unlink()
+    world.server.fails = lambda model, parameters: "no"
+    with pytest.raises(InputError):
+        world.applier.apply(plan(detect=row(60, 4)))
+    assert not path.exists()
+    world.server.fails = lambda model, parameters: ""
+    world.applier.apply(plan(detect=row(60, 4)))
+    assert path.read_text().startswith('backend: "dstack"\n')
+
+
+def test_several_gpus_become_an_instance_group(world: World) -> None:
+    replicas = (Replica(1, 60, 10.0), Replica(0, 60, 10.0))
+    world.applier.apply(plan(gpus=("H100", "H100"), detect=row(60, 4, replicas=replicas)))
+    assert "instance_group [ { count: 1 kind: KIND_GPU gpus: [ 0, 1 ] } ]" in str(
+        world.repository.read_config("detect")
+    )
+
+
+class Killed(BaseException):
+    """Stands for kill -9: nothing of the applier runs after it."""
+
+
+@pytest.mark.parametrize("at", range(8))
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_controller_killed_anywhere_is_cleaned_up_after(world: World, at: int, broken: bool) -> None:
+    """Guards against half a plan in force: the next start finishes it whole or undoes it whole."""
+    old, wanted = world.texts(), plan(detect=row(60, 4), voice=row(30, 1))
+    world.applier.apply(wanted)
+    new = world.texts()
+    for name, data in old.items():
+        (world.root / name).write_bytes(data)
+    world.server = FakeServer(world.repository, "detect", "voice")
+    world.applier = world.new_applier()
+    step = _kill_at(world, at)
+    try:
+        world.applier.apply(wanted)
+    except Killed:
+        pass
+    else:
+        assert step() <= at, "the kill came too late to matter"
+        return
+    _revive(world)
+    if broken:
+        world.server.fails = lambda model, parameters: "no" if parameters.get("gpu_percent") == "60" else ""
+    lines = world.new_applier().recover()
+    assert world.texts() in ([old] if broken else [new, old])
+    shares = {
+        m: c["parameters"].get("gpu_percent", {}).get("string_value")
+        for m, c in world.server.in_force.items()
+    }
+    on_disk = {m: world.repository.config(m).parameters.get("gpu_percent") for m in shares}
+    assert shares == on_disk, "what is on disk must be what is in force"
+    assert world.journal.pending() == ()
+    assert world.new_applier().recover() == ()
+    if world.texts() == new:
+        assert lines == (
+            "voice: an interrupted apply was finished",
+            "detect: an interrupted apply was finished",
+        )
+
+
+def _kill_at(world: World, at: int):
+    """Raise at the at-th step that changes something, before or after it (odd and even)."""
+    count = 0
+
+    def wrap(owner: object, name: str) -> None:
+        original = getattr(owner, name)
+
+        def call(*args: object) -> object:
+            nonlocal count
+            count += 1
+            if count == at + 1:
+                raise Killed
+            return original(*args)
+
+        setattr(owner, name, call)
+
+    for owner, name in ((world.journal, "begin"), (world.repository, "write_config"), (world.server, "load"),
+                        (world.server, "alive"), (world.journal, "end")):  # fmt: skip
+        wrap(owner, name)
+    return lambda: count
+
+
+def _revive(world: World) -> None:
+    for owner in (world.journal, world.repository, world.server):
+        for name in ("begin", "write_config", "load", "alive", "end"):
+            vars(owner).pop(name, None)
+
+
+def test_a_config_changed_by_hand_after_a_crash_is_left_alone(world: World) -> None:
+    edits = [rewrite.edit for rewrite in world.applier.check(plan(detect=row(60, 4)))]
+    world.journal.begin(edits)
+    world.repository.write_config("detect", DETECT + "# mine now\n")
+    assert world.applier.recover() == (
+        "detect: an apply was interrupted here; its config has changed since and is left alone",
+    )
+    assert world.repository.read_config("detect") == DETECT + "# mine now\n"
+
+
+def test_two_controllers_do_not_rewrite_one_repository(world: World, tmp_path: Path) -> None:
+    with (
+        FileEditJournal(tmp_path / "state", world.root), pytest.raises(MachineError, match="is rewriting it"),
+        FileEditJournal(tmp_path / "state", world.root),
+    ):
+        pass
+    with FileEditJournal(tmp_path / "state", world.root):
+        pass
+
+
+def test_a_broken_journal_is_said_so(world: World) -> None:
+    (world.journal.folder / "edits.json").write_text('{"version": 1')
+    with pytest.raises(InputError, match=r"edits.json: this journal cannot be read"):
+        world.applier.recover()
+
+
+def test_old_stubs_that_never_go_are_reported_not_waited_for_ever(world: World) -> None:
+    world.server.linger_polls = 10**9
+    report = world.applier.apply(plan(detect=row(60, 4)))
+    assert [outcome.old_stubs_gone for outcome in report.outcomes] == [False]
+    assert any("are still there after 60 s" in line for line in world.said)
