@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import queue
 import sys
 import threading
 import time
@@ -92,7 +93,10 @@ def sample(
 
 
 class Worker:
-    """Holds one session and answers commands. memory_bytes: what the process holds now, asked after a run."""
+    """Holds one session and answers commands, all in one thread: ONNX Runtime keeps CUDA graphs by thread.
+
+    memory_bytes: what this process holds, asked after a run; device_used_bytes: what all processes hold.
+    """
 
     def __init__(
         self,
@@ -111,17 +115,15 @@ class Worker:
         """One answer a command. Errors: ValueError for a command that makes no sense now."""
         what = command.get("do")
         if what == "measure":
-            run = self._runner(int(command["batch_size"]))
-            return {
-                **summary(sample(run, float(command.get("cap_s", 1.0)))),
-                "memory_bytes": self._memory_bytes(),
-            }
+            taken = sample(self._runner(int(command["batch_size"])), float(command.get("cap_s", 1.0)))
+            return {**summary(taken), "memory_bytes": self._memory_bytes()}
         if what == "used":
             return {"device_used_bytes": self._device_used_bytes()}
         if what == "loop":
             if self._loop:
                 raise ValueError("already looping")
-            self._loop = Loop(self._runner(int(command["batch_size"])), int(command["batch_size"]))
+            batch_size = int(command["batch_size"])
+            self._loop = Loop(self._runner(batch_size), batch_size)
             return {"looping": True}
         if what in ("mark", "stop"):
             if not self._loop:
@@ -130,8 +132,12 @@ class Worker:
                 self._loop.mark()
                 return {"marked": True}
             loop, self._loop = self._loop, None
-            return loop.stop()
+            return loop.result()
         raise ValueError(f"unknown command {what!r}")
+
+    def idle(self) -> bool:
+        """Run one batch if a loop is on. False: there is nothing to do until the next command."""
+        return self._loop.step() if self._loop else False
 
     def _runner(self, batch_size: int) -> Callable[[], object]:
         batch = feeds(self._session.inputs, batch_size, self._shapes)
@@ -139,44 +145,39 @@ class Worker:
 
 
 class Loop:
-    """Runs back to back in a thread, for models measured side by side."""
+    """Runs back to back, for models measured side by side. A failure ends it and is reported by `result`."""
 
     def __init__(self, run: Callable[[], object], batch_size: int) -> None:
-        self._run, self._batch_size = run, batch_size
-        self._ends_s: list[float] = []
-        self._marked_s: float | None = None
-        self._failure: Exception | None = None
-        self._stop = threading.Event()
         run()
-        self._thread = threading.Thread(target=self._go, name="closed-loop", daemon=True)
-        self._thread.start()
+        self._run, self._batch_size = run, batch_size
+        self._ends_s = [time.perf_counter()]
+        self._marked_s = 0.0
+        self._failure: Exception | None = None
+
+    def step(self) -> bool:
+        """One run. False after a failure."""
+        if self._failure is None:
+            try:
+                self._run()
+            except Exception as error:  # the asker gets it as the answer to "stop"
+                self._failure = error
+            self._ends_s.append(time.perf_counter())
+        return self._failure is None
 
     def mark(self) -> None:
         """Runs that end from now on count."""
         self._marked_s = time.perf_counter()
 
-    def stop(self) -> dict[str, Any]:
-        """End the loop; latency and rows per second since the mark."""
-        ended_s = time.perf_counter()
-        self._stop.set()
-        self._thread.join()
+    def result(self) -> dict[str, Any]:
+        """Latency from end to end of runs and rows per second, since the mark."""
         if self._failure:
             raise self._failure
-        marked_s = self._marked_s or 0.0
-        ends = np.array([end for end in self._ends_s if end <= ended_s])
-        spans_ms = np.diff(ends)[ends[1:] > marked_s] * 1e3
+        ends = np.array(self._ends_s)
+        spans_ms = np.diff(ends)[ends[1:] > self._marked_s] * 1e3
         if not spans_ms.size:
             raise ValueError("no batch ran from start to end while measuring: measure for longer")
         rows_per_s = self._batch_size * 1e3 / float(spans_ms.mean())
         return {**summary(spans_ms.tolist()), "throughput_per_s": rows_per_s}
-
-    def _go(self) -> None:
-        try:
-            while not self._stop.is_set():
-                self._run()
-                self._ends_s.append(time.perf_counter())
-        except Exception as error:  # reported by stop(), in the thread that asked
-            self._failure = error
 
 
 def memory_bytes(provider: str, device_id: int) -> int | None:
@@ -211,10 +212,21 @@ def parse_shape(text: str) -> tuple[str, tuple[int, ...]]:
 
 
 def serve(worker: Worker, commands: TextIO, answers: TextIO) -> None:
-    """Answer commands until `exit` or the end of the input."""
-    for line in commands:
+    """Answer commands until `exit` or the end of the input; while a loop is on, run it in between."""
+    lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+    def read() -> None:
+        for line in commands:
+            lines.put(line)
+        lines.put("")
+
+    threading.Thread(target=read, name="commands", daemon=True).start()
+    while True:
+        while lines.empty() and worker.idle():
+            pass
+        line = lines.get()
         try:
-            command = json.loads(line)
+            command = json.loads(line) if line else {"do": "exit"}
             if command.get("do") == "exit":
                 return
             reply = worker.answer(command)

@@ -23,15 +23,19 @@ FEATURES = 64
 def feeds(
     specs: Sequence[TensorSpec], batch_size: int, shapes: Mapping[str, Sequence[int]]
 ) -> dict[str, np.ndarray]:
-    """One batch for every input that is not optional. shapes: NAME -> dimensions without the batch.
+    """One batch for every input that is not optional. shapes: NAME -> dimensions without the batch, or, at
+    batch size 1, all of them (a model that is served without a batch dimension).
 
-    Errors: ValueError when the model's batch is fixed at another size, or a shape in `shapes` does not fit.
+    A model whose batch is fixed runs as it is, and one run counts as one row. Errors: ValueError when it is
+    asked for more, or when a shape in `shapes` does not fit.
     """
     names = [spec.name for spec in specs]
     for name in shapes:
         if name not in names:
             raise ValueError(f"no input is named {name!r}; the inputs are {', '.join(names)}")
     free = next((spec for spec in specs if spec.shape and spec.shape[0] is None), None)
+    if free is None and batch_size != 1:
+        raise ValueError("the batch of this model is fixed: it can only be measured at batch size 1, one run")
     rng = np.random.default_rng(SEED)
     arrays = {}
     for spec in specs:
@@ -43,12 +47,12 @@ def feeds(
 
 
 def _batch_axis(spec: TensorSpec, free: TensorSpec | None) -> int | None:
-    """The axis that counts rows: the first; or, in a tensor that is carried along (recurrent state), the axis
-    named as the batch of `free` is, else its first free one. None: it has no batch. free: an input whose
-    first axis is the free batch, None where the batch is fixed."""
-    if not spec.shape:
+    """The axis that counts rows: the first, if it is free; or, in a tensor that is carried along (recurrent
+    state), the axis named as the batch of `free` is, else its first free one. None: it has no such axis.
+    free: an input whose first axis is the free batch, None where the batch is fixed."""
+    if not spec.shape or free is None:
         return None
-    if free is None or spec.shape[0] is None:
+    if spec.shape[0] is None:
         return 0
     if free.dims[0] is not None and free.dims[0] in spec.dims:
         return spec.dims.index(free.dims[0])
@@ -58,6 +62,8 @@ def _batch_axis(spec: TensorSpec, free: TensorSpec | None) -> int | None:
 def _dimensions(
     spec: TensorSpec, axis: int | None, batch_size: int, given: Sequence[int] | None
 ) -> tuple[int, ...]:
+    if axis is not None and given is not None and len(given) == len(spec.shape) and batch_size == 1:
+        axis = None
     rest = [i for i in range(len(spec.shape)) if i != axis]
     if given is not None and len(given) != len(rest):
         raise ValueError(f"input {spec.name!r} has {len(rest)} dimensions beside the batch, not {len(given)}")
@@ -66,8 +72,7 @@ def _dimensions(
         wanted[axis] = batch_size
     for i, fixed in enumerate(spec.shape):
         if fixed is not None and wanted[i] != fixed:
-            what = "a fixed batch of" if i == axis else "a fixed dimension of"
-            raise ValueError(f"input {spec.name!r} has {what} {fixed}, {wanted[i]} does not fit")
+            raise ValueError(f"input {spec.name!r} has a dimension of {fixed}, {wanted[i]} does not fit")
     return tuple(wanted[i] for i in range(len(spec.shape)))
 
 

@@ -12,7 +12,7 @@ from itertools import product
 
 from dstack_sched.domain.kernels import KernelWork
 from dstack_sched.domain.order import non_monotone
-from dstack_sched.domain.profile import CorunPoint, Device, Knee, LatencyFit, ModelProfile, ProfilePoint
+from dstack_sched.domain.profile import CorunPoint, Device, Knee, LatencyFit, ModelProfile
 from dstack_sched.errors import InputError
 from dstack_sched.policy.knee import knee_percent
 from dstack_sched.policy.latency import LatencySurface, fit_profile
@@ -75,7 +75,7 @@ def candidate_percents(device: Device) -> tuple[float, ...]:
 
 
 def candidate_batches(device: Device, max_batch_size: int | None = None) -> tuple[int, ...]:
-    """Batch sizes worth measuring: powers of two up to what the device is good for, and the largest allowed."""
+    """Batch sizes worth measuring: powers of two that suit the device, up to the largest allowed."""
     usual = CPU_BATCHES if device.driver == CPU_DRIVER else GPU_BATCHES
     if max_batch_size is None:
         return usual
@@ -142,13 +142,15 @@ class _Run:
         self._batches = options.batches or candidate_batches(self.device)
 
     def done(self) -> bool:
-        """Whether the points are good enough (or all there, where all are wanted)."""
+        """Whether the points are good enough and reach to the largest batch, or nothing is left."""
         if self._options.exhaustive:
-            return not self._open_places()
-        return self._error() <= self._options.target_error and not self._open_places(self._batches[-1:])
+            return not self._missing()
+        reached = max((batch for _, batch in self._points), default=0)
+        good = reached >= self._batches[-1] and self._error() <= self._options.target_error
+        return good or not self._missing()
 
     def measure_start(self) -> None:
-        """The start design, cheapest place first; batches that would be too long or do not fit are dropped."""
+        """The start design, cheapest place first; batches that take too long or do not fit are dropped."""
         self._measure((self.percents[-1], self._batches[0]))
         alone = self._points[self.percents[-1], self._batches[0]]
         slowest_ms = alone.latency_ms_p50 * 100.0 / self.percents[0]
@@ -161,11 +163,11 @@ class _Run:
     def measure_on(self) -> None:
         """Measure where it tells the most, until done or out of time or places."""
         while not self.done() and self._left_s() > 0:
-            places = self._candidates()
             if self._options.exhaustive:
-                self._measure(self._open_places()[0])
+                self._measure(self._missing()[0])
                 continue
-            chosen = next_place(tuple(self._points.values()), places, self._kernels, self.device.sms)
+            points = tuple(self._points.values())
+            chosen = next_place(points, self._candidates(), self._kernels, self.device.sms)
             if chosen is None:
                 return
             self._measure(chosen[0])
@@ -211,11 +213,8 @@ class _Run:
     def _candidates(self) -> list[Place]:
         return [(p, b) for b, p in product(self._batches, reversed(self.percents))]
 
-    def _open_places(self, batches: Iterable[int] | None = None) -> list[Place]:
-        wanted = set(self._batches if batches is None else batches)
-        if not self._options.exhaustive and any(b in wanted for _, b in self._points):
-            return []
-        return [place for place in self._candidates() if place[1] in wanted and place not in self._points]
+    def _missing(self) -> list[Place]:
+        return [place for place in self._candidates() if place not in self._points]
 
     def _error(self) -> float:
         return surface_error(tuple(self._points.values()))
@@ -305,10 +304,3 @@ def corun_batches(profiles: Iterable[ModelProfile], wanted: int = 8) -> dict[str
         )
         for profile in profiles
     }
-
-
-def best_points(profile: ModelProfile) -> list[ProfilePoint]:
-    """The measured points by efficacy b / (p f^2), best first."""
-    return sorted(
-        profile.points, key=lambda x: -x.batch_size / (x.gpu_percent * x.latency_ms_p50 * x.latency_ms_p50)
-    )
