@@ -45,3 +45,7 @@ lint: setup ## ruff and the import rules
 .PHONY: types
 types: setup ## mypy
 	$(BIN)/mypy
+
+.PHONY: perf-engine
+perf-engine: setup ## time of a decision and of a grant's round trip -> perf/reports/engine.json
+	$(BIN)/python perf/engine.py

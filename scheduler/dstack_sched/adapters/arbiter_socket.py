@@ -297,9 +297,8 @@ class ArbiterLoop:
             size = client.socket.recv_into(self._buffer)
         except BlockingIOError:
             return False
-        except OSError as error:
-            self._drop(client, "broken", str(error))
-            return False
+        except OSError:  # it died with messages unread
+            size = 0
         if size == 0:
             self._drop(client, "closed", "")
             return False
@@ -331,8 +330,8 @@ class ArbiterLoop:
                 return
             except BlockingIOError:
                 self._epoll.modify(client.connection, select.EPOLLIN | select.EPOLLOUT)
-            except OSError as error:
-                self._doomed.append((client, "broken", str(error)))
+            except OSError:
+                self._doomed.append((client, "closed", ""))
                 return
         client.unsent.append(packet)
         if len(client.unsent) == MAX_QUEUED_PACKETS:
@@ -345,8 +344,8 @@ class ArbiterLoop:
                 client.socket.send(client.unsent[0])
             except BlockingIOError:
                 return True
-            except OSError as error:
-                self._drop(client, "broken", str(error))
+            except OSError:
+                self._drop(client, "closed", "")
                 return False
             client.unsent.popleft()
         self._epoll.modify(client.connection, select.EPOLLIN)
