@@ -164,7 +164,7 @@ class ArbiterService:
         del self._sessions[session.connection]
         del self._by_instance[session.joined.instance]
         while session.grants:
-            session.close(session.grants.pop(0), now_us, 0, 0, "left", self.record)
+            session.close(session.grants.pop(0), now_us, self.record, "left")
         log.info("left: %s pid %d", session.joined.instance, session.pid)
         gpu = self._gpus[session.gpu]
         self._step(session.gpu, gpu, BackendLeft(session.joined.instance), now_us, out)
@@ -177,8 +177,6 @@ class ArbiterService:
 
     def _done(self, session: Session, done: wire.Done, now_us: int, out: Outgoing) -> None:
         deadline_us = done.earliest_deadline_us if done.waiting else 0
-        if done.late:
-            self.record.model(session.joined.model).late_rows += done.late
         engine_id = self._take_grant(session, done, now_us)
         session.note_queue(done.waiting, deadline_us, now_us)
         instance = session.joined.instance
@@ -196,8 +194,7 @@ class ArbiterService:
         grant = session.take(done.grant_id)
         if grant is None:
             return None
-        outcome = "done" if done.rows else "unused"
-        session.close(grant, now_us, done.rows, done.run_us, outcome, self.record)
+        session.close(grant, now_us, self.record, "done" if done.rows else "unused", done)
         if grant.epoch == self._epoch:
             return grant.wire_id & ID_MASK
         return None if session.carries_other_than(self._epoch) else 0

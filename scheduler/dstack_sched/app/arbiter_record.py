@@ -103,6 +103,7 @@ class Interval(NamedTuple):
     start_us: int
     end_us: int
     rows: int
+    late_rows: int
     batch_size: int
     outcome: str
 
@@ -130,33 +131,37 @@ class Record:
         self.decision_us.add(took_ns / 1000)
 
     def ended(
-        self, gpu: int, model: str, instance: str, gpu_percent: float, start_us: int, end_us: int, rows: int,
-        batch_size: int, outcome: str,
-    ) -> None:  # fmt: skip
+        self,
+        gpu: int,
+        model: str,
+        instance: str,
+        gpu_percent: float,
+        start_us: int,
+        end_us: int,
+        run_us: int,
+        rows: int,
+        late_rows: int,
+        batch_size: int,
+        outcome: str,
+    ) -> None:
         """A grant is over, whatever the outcome: count its share and keep its interval."""
-        used_ms = (end_us - start_us) / 1000
+        share_ms = gpu_percent * (end_us - start_us) / 1000
         counters = self.model(model)
         counters.rows += rows
-        counters.gpu_percent_ms += gpu_percent * used_ms
-        self.gpu_percent_ms[gpu] = self.gpu_percent_ms.get(gpu, 0.0) + gpu_percent * used_ms
+        counters.late_rows += late_rows
+        counters.run_ms += run_us / 1000
+        counters.gpu_percent_ms += share_ms
+        self.gpu_percent_ms[gpu] = self.gpu_percent_ms.get(gpu, 0.0) + share_ms
         if outcome == "unused":
             counters.unused_grants += 1
         elif outcome == "lease":
             counters.leases_ended += 1
         self.intervals.append(
             Interval(
-                self.next_sequence,
-                gpu,
-                model,
-                instance,
-                gpu_percent,
-                start_us,
-                end_us,
-                rows,
-                batch_size,
-                outcome,
+                self.next_sequence, gpu, model, instance, gpu_percent, start_us, end_us, rows, late_rows,
+                batch_size, outcome,
             )
-        )
+        )  # fmt: skip
         self.next_sequence += 1
 
     def overloaded(self, gpu: int, model: str, reason: str, waited_us: int, now_us: int) -> None:

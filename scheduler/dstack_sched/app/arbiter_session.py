@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from dstack_backend import wire
 from dstack_sched.app.arbiter_record import Record
 from dstack_sched.domain.event import BackendJoined, PlanChanged
 from dstack_sched.engine.interface import Engine
@@ -57,7 +58,7 @@ class Session:
     def note_grant(self, grant: Outstanding, now_us: int, record: Record) -> None:
         """A grant was given: count it, and how long its rows waited for it."""
         if len(self.grants) >= MAX_OUTSTANDING:
-            self.close(self.grants.pop(0), now_us, 0, 0, "lease", record)
+            self.close(self.grants.pop(0), now_us, record, "lease")
         self.grants.append(grant)
         counters = record.model(self.joined.model)
         counters.grants += 1
@@ -77,9 +78,10 @@ class Session:
         return any(grant.epoch != epoch for grant in self.grants)
 
     def close(
-        self, grant: Outstanding, now_us: int, rows: int, run_us: int, outcome: str, record: Record
+        self, grant: Outstanding, now_us: int, record: Record, outcome: str, done: wire.Done | None = None
     ) -> None:
         """Book a grant that ended. Its time on the device is as reported, within what is possible."""
+        rows, late_rows, run_us = (done.rows, done.late, done.run_us) if done else (0, 0, 0)
         end_us = max(grant.granted_us, min(now_us, grant.lease_until_us))
         earliest_us = min(max(grant.granted_us, self.free_since_us), end_us)
         start_us = max(earliest_us, end_us - run_us) if run_us else earliest_us
@@ -88,11 +90,9 @@ class Session:
         elif now_us > grant.lease_until_us:
             outcome = "lease"
         self.free_since_us = now_us
-        joined = self.joined
-        record.model(joined.model).run_ms += run_us / 1000
         record.ended(
-            self.gpu, joined.model, joined.instance, grant.gpu_percent, start_us, end_us, rows,
-            grant.batch_size, outcome,
+            self.gpu, self.joined.model, self.joined.instance, grant.gpu_percent, start_us, end_us, run_us,
+            rows, late_rows, grant.batch_size, outcome,
         )  # fmt: skip
 
 
