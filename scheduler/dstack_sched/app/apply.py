@@ -10,7 +10,7 @@ controller that dies in between leaves its journal, and the next one finishes or
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dstack_sched.domain.change import ApplyReport, ConfigEdit, ModelOutcome
@@ -81,11 +81,33 @@ def _same(stated: str | None, wanted: str) -> bool:
         return stated == wanted
 
 
+def _or(stated: int | None, planned: int) -> int:
+    return planned if stated is None else stated
+
+
 def _share(config: ModelConfig) -> float:
     try:
         return float(config.parameters.get("gpu_percent", 0))
     except ValueError:
         return 0.0
+
+
+def stated_plan(repository: ModelRepository, plan: Plan) -> Plan:
+    """The plan with what the configs state in place of its own; models whose configs do not are left out."""
+    rows = {}
+    for model, row in plan.models.items():
+        config = repository.config(model) if model in repository.models() else ModelConfig()
+        try:
+            rows[model] = replace(
+                row,
+                gpu_percent=float(config.parameters["gpu_percent"]),
+                batch_size=int(config.parameters["batch_size"]),
+                max_queue_delay_us=_or(config.max_queue_delay_us, row.max_queue_delay_us),
+                slo_ms=float(config.parameters["slo_ms"]) if "slo_ms" in config.parameters else None,
+            )
+        except (KeyError, ValueError):
+            continue
+    return replace(plan, models=rows)
 
 
 class Applier:
