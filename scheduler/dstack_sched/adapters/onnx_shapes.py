@@ -21,6 +21,7 @@ from dstack_sched.errors import InputError
 
 MAX_CONSTANT_ELEMENTS = 4096
 MAX_ROUNDS = 200
+WEIGHT = "weight"
 IMAGE_DIMS = (3, 224, 224)
 SEQUENCE_DIMS = (128, 64)
 
@@ -61,11 +62,17 @@ def without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
     for tensor in graph.initializer:
         if prod(tensor.dims) > MAX_CONSTANT_ELEMENTS or tensor.external_data:
             info = onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims))
-            info.doc_string = "weight"
+            info.doc_string = WEIGHT
             light.graph.input.append(info)
         else:
             light.graph.initializer.append(tensor)
     return light
+
+
+def has_free_batch(light: onnx.ModelProto) -> bool:
+    """Whether the first dimension of some input is free: the batch. light: a model from `load_graph`."""
+    inputs = [value.type.tensor_type.shape.dim for value in light.graph.input if value.doc_string != WEIGHT]
+    return any(dims and not dims[0].dim_value for dims in inputs)
 
 
 def infer(light: onnx.ModelProto, batch_size: int, shapes: Mapping[str, Sequence[int]]) -> ShapedGraph:
@@ -81,24 +88,21 @@ def infer(light: onnx.ModelProto, batch_size: int, shapes: Mapping[str, Sequence
         dims, element_bytes = _known(inferred.graph)
         if not _fold(model.graph, dims):
             break
-    weights = {value.name for value in model.graph.input if value.doc_string == "weight"}
+    weights = {value.name for value in model.graph.input if value.doc_string == WEIGHT}
     constants = weights | {tensor.name for tensor in model.graph.initializer}
     return ShapedGraph(tuple(model.graph.node), dims, element_bytes, frozenset(constants))
 
 
 def _fix_inputs(model: onnx.ModelProto, batch_size: int, shapes: Mapping[str, Sequence[int]]) -> None:
     for value in model.graph.input:
+        if value.doc_string == WEIGHT:
+            continue
         dims = value.type.tensor_type.shape.dim
-        given = shapes.get(value.name)
-        usual = IMAGE_DIMS if len(dims) == 4 else SEQUENCE_DIMS
+        given = tuple(shapes.get(value.name) or (IMAGE_DIMS if len(dims) == 4 else SEQUENCE_DIMS))
+        wanted = given if len(given) == len(dims) and value.name in shapes else (batch_size, *given)
         for axis, dim in enumerate(dims):
-            if dim.HasField("dim_value") and dim.dim_value > 0:
-                continue
-            if axis == 0:
-                dim.dim_value = batch_size
-            else:
-                choices = given if given is not None else usual
-                dim.dim_value = choices[min(axis - 1, len(choices) - 1)]
+            if not (dim.HasField("dim_value") and dim.dim_value > 0):
+                dim.dim_value = wanted[min(axis, len(wanted) - 1)]
 
 
 def _known(graph: onnx.GraphProto) -> tuple[dict[str, tuple[int, ...]], dict[str, int]]:

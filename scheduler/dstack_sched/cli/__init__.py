@@ -23,7 +23,7 @@ app = typer.Typer(
 )
 
 # One module a verb, imported when it is asked for: `dstackctl arbiter` must not wait for cvxpy and gRPC.
-VERBS = ("arbiter", "serve")
+VERBS = ("arbiter", "profile", "serve")
 
 
 @app.callback()
