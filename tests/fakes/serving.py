@@ -79,19 +79,19 @@ class FakeServer:
         return self.in_force[model]
 
     def statistics(self, model: str) -> Mapping[str, Any]:
+        names = [model] if model else list(self.in_force)
+        return {"model_stats": [self._entry(name) for name in names]}
+
+    def _entry(self, model: str) -> dict[str, Any]:
         counts = self.counts.get(model, {"rows": 0, "failed": 0})
         return {
-            "model_stats": [
-                {
-                    "name": model,
-                    "version": "1",
-                    "inference_count": counts["rows"],
-                    "inference_stats": {
-                        "success": {"count": counts["rows"], "ns": 0},
-                        "fail": {"count": counts["failed"], "ns": 0},
-                    },
-                }
-            ]
+            "name": model,
+            "version": "1",
+            "inference_count": counts["rows"],
+            "inference_stats": {
+                "success": {"count": counts["rows"], "ns": 0},
+                "fail": {"count": counts["failed"], "ns": 0},
+            },
         }
 
     def pids(self, model: str) -> frozenset[int] | None:
