@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ class FakeArbiter:
     def request(self, verb: str, **fields: Any) -> dict[str, Any]:
         if self.answer is None:
             raise MachineError("no arbiter answers")
-        return self.answer
+        return copy.deepcopy(self.answer)
 
     def close(self) -> None:
         pass

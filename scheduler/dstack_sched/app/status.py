@@ -1,4 +1,4 @@
-"""What is going on now: each model's state, share, batch, rate and how it keeps its SLO, as plain JSON types."""
+"""What is going on now: each model's state, share, batch, rate, lateness, as plain JSON types."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class StatusReader:
         return delta * 1e6 / (now_us - self._last[0])
 
     def _within_slo(self, model: str, arbiter: ArbiterStatus) -> float | None:
-        """Share of rows answered in time, between the two reads; since the arbiter's start where none came."""
+        """Share of rows answered in time, between two reads; since the arbiter's start where none came."""
         now = _counters(arbiter, model)
         if now is None:
             return None

@@ -23,7 +23,12 @@ app = typer.Typer(
 )
 
 # One module a verb, imported when it is asked for: `dstackctl arbiter` must not wait for cvxpy and gRPC.
-VERBS = ("arbiter", "profile", "serve")
+VERBS = (
+    "arbiter",
+    "profile",
+    "serve",
+    "status",
+)
 
 
 @app.callback()

@@ -90,8 +90,8 @@ def view(document: dict[str, Any]) -> Group:
     for index, gpu in document["gpus"].items():
         device = "CPU" if index == "-1" else f"GPU {index}"
         parts.append(
-            f"{device}: {cell(gpu['utilization_percent'])}% used, {cell(gpu['granted_percent'])}% granted now, "
-            f"of {cell(gpu['capacity_percent'])}% (arbiter policy {document['arbiter']})"
+            f"{device}: {cell(gpu['utilization_percent'])}% used, {cell(gpu['granted_percent'])}% granted "
+            f"now, of {cell(gpu['capacity_percent'])}% (arbiter policy {document['arbiter']})"
         )
     parts += [
         f"{time.strftime('%F %T', time.localtime(entry['time_s']))} {entry['what']}: {entry['reason']}"
