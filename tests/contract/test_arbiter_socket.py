@@ -23,7 +23,17 @@ from dstack_sched.domain.event import Event, PlanChanged
 from dstack_sched.domain.json_form import gpus_to_json
 from dstack_sched.engine.registry import make_engine
 from dstack_sched.errors import InputError, MachineError
-from fakes.arbiter_bench import PATIENCE_S, Arbiter, Backend, Client, arbiter, in_threads, model_plan, plan_of
+from fakes.arbiter_bench import (
+    PATIENCE_S,
+    Arbiter,
+    ArbiterProcess,
+    Backend,
+    Client,
+    arbiter,
+    in_threads,
+    model_plan,
+    plan_of,
+)
 
 
 def deadline_us(in_ms: float = 80.0) -> int:
@@ -368,33 +378,8 @@ def test_client_of_an_arbiter_that_hangs_gives_up(tmp_path: Path) -> None:
 # -- the process ---------------------------------------------------------------------------------------------
 
 
-class Process:
-    """`dstackctl arbiter` as its own process."""
-
-    def __init__(self, path: Path, log: Path) -> None:
-        with log.open("a") as stderr:
-            self.popen = subprocess.Popen(
-                [sys.executable, "-m", "dstack_sched", "arbiter", "--socket", str(path)], stderr=stderr
-            )
-        self.client = SocketArbiterClient(path, timeout_s=PATIENCE_S)
-        give_up = time.monotonic() + PATIENCE_S
-        while True:
-            try:
-                assert self.client.request("ping")["pid"] == self.popen.pid
-                return
-            except MachineError:
-                assert self.popen.poll() is None, log.read_text()
-                assert time.monotonic() < give_up
-                time.sleep(0.02)
-
-    def end(self, how: signal.Signals) -> int:
-        self.client.close()
-        self.popen.send_signal(how)
-        return self.popen.wait(PATIENCE_S)
-
-
 def test_process_comes_back_with_its_plan_and_counts_what_runs(path: Path, tmp_path: Path) -> None:
-    first = Process(path, tmp_path / "log")
+    first = ArbiterProcess(path, tmp_path / "log")
     plans = {0: PlanChanged(100.0, (model_plan("a", gpu_percent=80.0), model_plan("b", gpu_percent=80.0)))}
     first.client.request("plan", gpus=gpus_to_json(plans))
     with Backend(path, "a", gpu_percent=80.0) as before:
@@ -402,7 +387,7 @@ def test_process_comes_back_with_its_plan_and_counts_what_runs(path: Path, tmp_p
         before.granted()
         assert first.end(signal.SIGKILL) == -signal.SIGKILL
         assert before.receive() is None
-    second = Process(path, tmp_path / "log")
+    second = ArbiterProcess(path, tmp_path / "log")
     try:
         assert second.client.request("status")["gpus"]["0"]["planned_models"] == ["a", "b"]
         with Client(path) as rejoined, Backend(path, "b", gpu_percent=80.0) as other:
@@ -421,7 +406,7 @@ def test_process_comes_back_with_its_plan_and_counts_what_runs(path: Path, tmp_p
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
 def test_process_stops_cleanly_and_ignores_hang_up(path: Path, tmp_path: Path, how: signal.Signals) -> None:
-    process = Process(path, tmp_path / "log")
+    process = ArbiterProcess(path, tmp_path / "log")
     process.popen.send_signal(signal.SIGHUP)
     works(path)
     assert process.end(how) == 0
@@ -430,7 +415,7 @@ def test_process_stops_cleanly_and_ignores_hang_up(path: Path, tmp_path: Path, h
 
 
 def test_stopped_process_resumes_with_all_its_clients(path: Path, tmp_path: Path) -> None:
-    process = Process(path, tmp_path / "log")
+    process = ArbiterProcess(path, tmp_path / "log")
     with Backend(path, "a") as backend:
         process.popen.send_signal(signal.SIGSTOP)
         backend.send(wire.Work(1, deadline_us()))
@@ -464,7 +449,7 @@ def test_bad_arguments_are_one_line(path: Path, arguments: list[str], says: str)
 def test_kept_plan_that_is_damaged_is_set_aside(path: Path, tmp_path: Path) -> None:
     path.parent.mkdir(mode=0o700)
     path.with_suffix(".plan.json").write_text('{"version": 1, "gpus": {"0": {"capacity')
-    process = Process(path, tmp_path / "log")
+    process = ArbiterProcess(path, tmp_path / "log")
     works(path)
     assert process.end(signal.SIGTERM) == 0
     assert "is not used" in (tmp_path / "log").read_text()

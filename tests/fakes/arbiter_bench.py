@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import socket
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from dstack_backend import wire
+from dstack_sched.adapters.arbiter_client import SocketArbiterClient
 from dstack_sched.adapters.arbiter_plan_file import ArbiterPlanFile
 from dstack_sched.adapters.arbiter_socket import ArbiterLoop, listening
 from dstack_sched.app.arbiter import ArbiterService, Observer
@@ -16,6 +21,7 @@ from dstack_sched.domain.event import EngineModel, PlanChanged
 from dstack_sched.domain.workload import OnLate
 from dstack_sched.engine.interface import Engine
 from dstack_sched.engine.registry import make_engine
+from dstack_sched.errors import MachineError
 
 PATIENCE_S = 20.0  # a bound on waiting, not a speed that is asked for
 
@@ -156,3 +162,29 @@ def in_threads(count: int, work: Callable[[int], None]) -> None:
     if failures:
         raise failures[0]
     assert not any(thread.is_alive() for thread in threads)
+
+
+class ArbiterProcess:
+    """`dstackctl arbiter` as its own process; `client` talks to it."""
+
+    def __init__(self, path: Path, log: Path) -> None:
+        with log.open("a") as stderr:
+            self.popen = subprocess.Popen(
+                [sys.executable, "-m", "dstack_sched", "arbiter", "--socket", str(path)], stderr=stderr
+            )
+        self.client = SocketArbiterClient(path, timeout_s=PATIENCE_S)
+        give_up = time.monotonic() + PATIENCE_S
+        while True:
+            try:
+                assert self.client.request("ping")["pid"] == self.popen.pid
+                return
+            except MachineError:
+                assert self.popen.poll() is None, log.read_text()
+                assert time.monotonic() < give_up
+                time.sleep(0.02)
+
+    def end(self, how: signal.Signals) -> int:
+        """Send the signal and wait; the exit status."""
+        self.client.close()
+        self.popen.send_signal(how)
+        return self.popen.wait(PATIENCE_S)
