@@ -72,7 +72,7 @@ def without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
 def has_free_batch(light: onnx.ModelProto) -> bool:
     """Whether the first dimension of some input is free: the batch. light: a model from `load_graph`."""
     inputs = [value.type.tensor_type.shape.dim for value in light.graph.input if value.doc_string != WEIGHT]
-    return any(dims and not dims[0].dim_value for dims in inputs)
+    return any(dims and dims[0].dim_value <= 0 for dims in inputs)
 
 
 def infer(light: onnx.ModelProto, batch_size: int, shapes: Mapping[str, Sequence[int]]) -> ShapedGraph:

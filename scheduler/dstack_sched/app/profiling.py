@@ -12,7 +12,7 @@ from itertools import product
 
 from dstack_sched.domain.kernels import KernelWork
 from dstack_sched.domain.order import non_monotone
-from dstack_sched.domain.profile import CorunPoint, Device, Knee, LatencyFit, ModelProfile
+from dstack_sched.domain.profile import CorunPoint, Device, Knee, LatencyFit, ModelProfile, ProfilePoint
 from dstack_sched.errors import InputError
 from dstack_sched.policy.knee import knee_percent
 from dstack_sched.policy.latency import LatencySurface, fit_profile
@@ -20,7 +20,7 @@ from dstack_sched.policy.sampling import Place, next_place, start_design, surfac
 from dstack_sched.ports import Clock, LatencyProbe, ProfileStore
 
 KNEE_BATCH = 16
-MAX_REPEATS = 6
+REPEAT_ROUNDS = 4
 CPU_BATCHES = (1, 2, 4, 8)
 GPU_BATCHES = (1, 2, 4, 8, 16, 32)
 GPU_PERCENTS = (10.0, 20.0, 30.0, 40.0, 60.0, 80.0, 100.0)
@@ -173,23 +173,26 @@ class _Run:
             self._measure(chosen[0])
 
     def repair(self) -> None:
-        """Measure points again that break the order of latencies: noise only ever adds. Give up the slow one
-        of a pair that stays wrong."""
-        for repeat in range(MAX_REPEATS):
-            wrong = non_monotone(tuple(self._points.values()))
-            if not wrong:
-                return
+        """Measure points again that break the order of latencies: what disturbs only ever adds, so the faster
+        of two measurements counts. A slow point that stays in the way is given up."""
+        for _ in range(REPEAT_ROUNDS):
+            slow_ones = {(slow.gpu_percent, slow.batch_size) for slow, _ in self._wrong()}
+            if not slow_ones or self._left_s() <= 0:
+                break
+            for place in sorted(slow_ones):
+                self._measure(place, again=True)
+        while wrong := self._wrong():
             slow, fast = wrong[0]
-            if repeat < MAX_REPEATS // 2 and self._left_s() > 0:
-                self._measure((slow.gpu_percent, slow.batch_size), again=True)
-            else:
-                del self._points[slow.gpu_percent, slow.batch_size]
-                self._store_points()
-                self._notes.append(
-                    f"{self._profile.name}: GPU% {slow.gpu_percent:g}, batch {slow.batch_size} left out:"
-                    f" {slow.latency_ms_p50:.3g} ms, slower than GPU% {fast.gpu_percent:g},"
-                    f" batch {fast.batch_size} even when measured again; is the device busy?"
-                )
+            del self._points[slow.gpu_percent, slow.batch_size]
+            self._store_points()
+            self._notes.append(
+                f"{self._profile.name}: GPU% {slow.gpu_percent:g}, batch {slow.batch_size} left out:"
+                f" {slow.latency_ms_p50:.3g} ms, slower than {fast.latency_ms_p50:.3g} ms at GPU%"
+                f" {fast.gpu_percent:g}, batch {fast.batch_size} even when measured again; is the device busy?"
+            )
+
+    def _wrong(self) -> list[tuple[ProfilePoint, ProfilePoint]]:
+        return non_monotone(tuple(self._points.values()))
 
     def result(self) -> ProfilingResult:
         """The profile with fit and knee, stored. Errors: InputError when too few points could be measured."""
