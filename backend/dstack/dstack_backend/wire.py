@@ -9,9 +9,9 @@ the connection, nobody else.
 The conversation of a backend: connect; Ping, Pong (an arbiter that is stopped accepts connections but does
 not answer); Join, Welcome; then Work whenever the queue changes, a Grant when it is its turn, Done when the
 device has finished. A grant may come while one runs: it starts when that one ends. Every grant is answered by
-one Done. No word for PING_AFTER_US while a grant is wanted: Ping; still none SILENCE_US later: the arbiter
-counts as gone, the backend closes the connection, runs ungated, and connects again from time to time. One
-that runs ungated while it joins says so in Join, and ends that batch with Done(grant_id=0).
+one Done. No word while a grant is wanted: Ping; still none: the arbiter counts as gone, the backend closes the
+connection, runs ungated, and connects again from time to time. One that runs ungated while it joins says so
+in Join, and ends that batch with Done(grant_id=0).
 
 This module is shared with the arbiter (dstack_sched.adapters) and knows neither Triton nor the scheduler.
 """
@@ -28,9 +28,6 @@ MAX_MESSAGE_BYTES = 128 * 1024
 MAX_NAME_BYTES = 512
 MAX_LEVELS = 64
 MAX_BATCH_SIZE = 1 << 20
-
-PING_AFTER_US = 50_000
-SILENCE_US = 200_000
 
 _MAGIC = b"DS"
 _HEAD = struct.Struct("<2sBB")
