@@ -5,6 +5,10 @@ to the next bucket, and its rows alone are copied in and out. Everything of a ba
 so one wait at the end is enough. CUDA graphs are used where a trial at load shows that the model allows them
 and that their outputs agree with a plain run. Other models take ONNX Runtime's own path.
 
+Each captured graph has an ONNX Runtime session of its own. With several graphs in one session a convolution
+drops its cuDNN plan when the batch size changes, and the kernels that cuDNN compiled for it with it: the
+graph captured before then replays unloaded code (seen on an H100 with MobileNetV2: "illegal instruction").
+
 ONNX Runtime keeps captured graphs by thread: warm up in the thread that will run.
 """
 
@@ -87,44 +91,33 @@ class CudaSession:
     def __init__(self, model_path: Path, device_id: int, options: CudaOptions):
         self._driver = driver(device_id)
         self._device_id = device_id
+        self._path, self._options = model_path, options
         self._stream = self._driver.stream()
         self._buckets: dict[int, Bucket] = {}
-        self.graphs = options.cuda_graphs
         try:
-            self._open(model_path, options)
+            self._session = self._open(graphs=False)
+            self.inputs, self.outputs = specs_of(self._session, model_path)
         except Exception:
             self._driver.destroy_stream(self._stream)
             raise
         self._names = [spec.name for spec in self.outputs]
         self._bound = all(_batch_only(spec) for spec in (*self.inputs, *self.outputs))
-        self.graphs = self.graphs and self._bound
+        self.graphs = options.cuda_graphs and self._bound
 
-    def _open(self, model_path: Path, options: CudaOptions) -> None:
-        """Open with CUDA graphs where asked for; ONNX Runtime refuses them to models not all on the GPU."""
-        try:
-            self._session = self._try_open(model_path, options, graphs=self.graphs)
-        except ModelError as error:
-            if not self.graphs:
-                raise
-            self._session = self._try_open(model_path, options, graphs=False)
-            log.info("%s: no CUDA graphs: %s", model_path, error)
-            self.graphs = False
-        self.inputs, self.outputs = specs_of(self._session, model_path)
-
-    def _try_open(self, model_path: Path, options: CudaOptions, *, graphs: bool) -> Any:
+    def _open(self, *, graphs: bool) -> Any:
         provider: dict[str, Any] = {
             "device_id": self._device_id,
             "user_compute_stream": str(self._stream),
-            "cudnn_conv_algo_search": options.conv_algo_search,
+            "cudnn_conv_algo_search": self._options.conv_algo_search,
             "arena_extend_strategy": "kSameAsRequested",
-            "use_tf32": int(options.tf32),
+            "use_tf32": int(self._options.tf32),
             "enable_cuda_graph": int(graphs),
         }
-        if options.memory_limit_bytes:
-            provider["gpu_mem_limit"] = options.memory_limit_bytes
+        if self._options.memory_limit_bytes:
+            provider["gpu_mem_limit"] = self._options.memory_limit_bytes
         session = session_options()
         session.intra_op_num_threads = 1  # nodes on the CPU are few and small
-        return open_onnx(model_path, [("CUDAExecutionProvider", provider)], session)
+        return open_onnx(self._path, [("CUDAExecutionProvider", provider)], session)
 
     def warm_up(self, batch_sizes: Sequence[int]) -> None:
         """Prepare the buckets of these batch sizes, in the thread that will run them. Raises RunError."""
@@ -151,14 +144,34 @@ class CudaSession:
         bucket = self._buckets.get(size)
         if bucket is not None or not self._bound:
             return bucket
-        bucket = Bucket(self._session, self._driver, self._stream, self._device_id, self, size)
-        self._buckets[size] = bucket
-        self._bound = bucket.try_plain()
-        if not self._bound:
+        plain = Bucket(self._session, self._driver, self._stream, self._device_id, self, size)
+        self._bound = plain.agrees()
+        graph = self._with_graph(plain) if self._bound and self.graphs else None
+        if graph is not None:
+            plain.close()
+        elif not self._bound:
+            plain.close()
             return None
-        if self.graphs:
-            self.graphs = bucket.try_graph()
-        return bucket
+        self._buckets[size] = graph or plain
+        return self._buckets[size]
+
+    def _with_graph(self, plain: Bucket) -> Bucket | None:
+        """The bucket with a captured graph, None where the model does not allow one (then for good)."""
+        graph = None
+        try:
+            session = self._open(graphs=True)
+            graph = Bucket(session, self._driver, self._stream, self._device_id, self, plain.size)
+            graph.capture()
+            if graph.agrees(plain):
+                return graph
+            reason = "its outputs differ from a plain run"
+        except Exception as error:  # whatever ONNX Runtime cannot capture, a plain run can still do
+            reason = one_line(error)
+        log.warning("%s: no CUDA graph at batch size %d: %s", self._path, plain.size, reason)
+        self.graphs = False
+        if graph is not None:
+            graph.close()
+        return None
 
     def close(self) -> None:
         """Give the device memory back."""
@@ -178,10 +191,9 @@ class Bucket:
         self, session: Any, cuda: Driver, stream: int, device_id: int, model: CudaSession, size: int
     ) -> None:
         self.size = size
-        self._session, self._driver, self._stream, self._model = session, cuda, stream, model
+        self._session, self._driver, self._stream = session, cuda, stream
         self._binding = session.io_binding()
-        self._plain = _run_options(NO_GRAPH)
-        self._options = self._plain
+        self._options = _run_options(NO_GRAPH)
         self._inputs = {spec.name: Buffer(cuda, spec, size) for spec in model.inputs}
         self._outputs = {spec.name: Buffer(cuda, spec, size) for spec in model.outputs}
         for name, buffer in self._inputs.items():
@@ -205,42 +217,33 @@ class Bucket:
         self._driver.wait(self._stream)
         return [self._outputs[name].host[:rows].copy() for name in names]
 
-    def _samples(self) -> dict[str, np.ndarray]:
+    def capture(self) -> None:
+        """Run until ONNX Runtime has captured its graph: from then on it replays."""
+        self._options = _run_options(str(self.size))
+        for _ in range(RUNS_TO_CAPTURE):
+            self.run(self.samples(), list(self._outputs), self.size)
+
+    def samples(self) -> dict[str, np.ndarray]:
+        """Random inputs, the same for every bucket of this size."""
         rng = np.random.default_rng(self.size)
         return {name: buffer.sample(rng) for name, buffer in self._inputs.items()}
 
-    def try_plain(self) -> bool:
-        """Whether a run leaves in the bound buffers what ONNX Runtime's own path answers.
+    def agrees(self, other: Bucket | None = None) -> bool:
+        """Whether a run answers as the other bucket does; without one, as ONNX Runtime's own path does.
 
         It does not where the first dimension of an output is not the batch.
         """
-        feeds, names = self._samples(), list(self._outputs)
-        wanted = self._session.run(names, feeds, self._plain)
+        feeds, names = self.samples(), list(self._outputs)
+        wanted = other.run(feeds, names, self.size) if other else self._session.run(names, feeds)
         try:
-            bound = self.run(feeds, names, self.size)
-        except Exception as error:  # shapes that do not fit: the model takes the other path
+            answer = self.run(feeds, names, self.size)
+        except Exception as error:  # shapes that do not fit the buffers: the model takes the other path
             log.info("outputs are not one row a row of the batch: %s", one_line(error))
             return False
-        return all(a.shape == b.shape and _agree(a, b) for a, b in zip(wanted, bound, strict=True))
-
-    def try_graph(self) -> bool:
-        """Capture a graph and keep it if its outputs agree with a plain run on random inputs."""
-        feeds, names = self._samples(), list(self._outputs)
-        plain = self.run(feeds, names, self.size)
-        try:
-            self._options = _run_options(str(self.size))
-            for _ in range(RUNS_TO_CAPTURE):
-                captured = self.run(feeds, names, self.size)
-            if all(_agree(a, b) for a, b in zip(plain, captured, strict=True)):
-                return True
-            reason = "its outputs differ from a plain run"
-        except Exception as error:  # whatever ONNX Runtime could not capture, a plain run can still do
-            reason = one_line(error)
-        log.warning("no CUDA graph at batch size %d: %s", self.size, reason)
-        self._options = self._plain
-        return False
+        return all(a.shape == b.shape and _agree(a, b) for a, b in zip(wanted, answer, strict=True))
 
     def close(self) -> None:
+        self._binding = self._session = None
         for buffer in (*self._inputs.values(), *self._outputs.values()):
             buffer.close()
 
