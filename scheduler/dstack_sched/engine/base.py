@@ -178,6 +178,8 @@ class EngineBase:
         if elapsed >= RATE_WINDOW_US:
             rate = instance.rate_rows / elapsed
             instance.rate_per_us += 0.5 * (rate - instance.rate_per_us) if instance.rate_per_us else rate
+            instance.duty += 0.5 * (min(instance.busy_us / elapsed, 1.0) - instance.duty)
+            instance.busy_us = 0
             instance.rate_rows = 0
             instance.rate_since_us = now
 
@@ -283,6 +285,8 @@ class EngineBase:
             return
         alone_progress_us = run.alone_us - run.left_us + (now - run.touched_us) / run.slow
         mean_slow = elapsed / alone_progress_us if alone_progress_us > 0 else run.slow
+        instance.slow_seen += 0.1 * (mean_slow - instance.slow_seen)
+        instance.busy_us += run_us
         instance.times.observe(run.level, rows, run_us / max(mean_slow, 1.0))
 
     def _score(self, instance: Instance, run: Run, run_us: int, now: int) -> None:

@@ -13,12 +13,12 @@ Each pass looks at the instances with work, most urgent first (latest start = ea
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
+from bisect import bisect_left, bisect_right, insort
 from dataclasses import dataclass
 
 from dstack_sched.domain.decision import Overload
 from dstack_sched.domain.event import BackendJoined, BackendLeft, PlanChanged
-from dstack_sched.engine.base import ROUNDING, WAKE_CHAIN, WAKE_SESSION, EngineBase
+from dstack_sched.engine.base import ROUNDING, WAKE_CHAIN, WAKE_GO, WAKE_SESSION, EngineBase
 from dstack_sched.engine.state import NEVER, Instance, Run
 
 
@@ -38,8 +38,11 @@ class Rules:
     reserve: bool = True
     scoreboard: bool = True
     shed: bool = True
-    run_fraction: float = 0.55
-    safety: float = 0.05
+    run_fraction: float = 0.7
+    safety: float = 0.02
+    patience: float = 0.1
+    shares: str = "proportional"
+    foresee: bool = True
 
 
 MIN_SESSION_US = 100_000  # where no model has an objective
@@ -96,6 +99,7 @@ class DStackEngine(EngineBase):
         self._shortest_slo_us = NEVER
         self._vfloor = 0.0  # virtual time of the last model that started
         self._ready: list[Entry] = []  # who may be granted now, most urgent first
+        self._waits = False
         self._chainable = 0  # how many of them run already
 
     # ---- events ---------------------------------------------------------------------------------------
@@ -216,7 +220,7 @@ class DStackEngine(EngineBase):
                 if place is not None:
                     place.spare -= pick.percent
                 continue
-            if place is None and self.rules.reserve and instance.slo_us:
+            if pick is None and place is None and self.rules.reserve and instance.slo_us and not self._waits:
                 place = self._reserve(instance, free, now)
             at += 1
 
@@ -238,7 +242,13 @@ class DStackEngine(EngineBase):
         start = now if run is None else max(run.end_us, now)
         beside = self.promised - (run.percent if run is not None else 0.0)
         slow = instance.model.slowdown(beside)
+        if self.rules.foresee:
+            slow = max(slow, instance.slow_seen)
+        if self.rules.patience < 1 and self._may_wait(instance, start, slow, now):
+            return None
         levels = instance.levels
+        if self.rules.levels and self.rules.shares == "proportional" and len(levels) > 1:
+            return self._proportional(instance, available, start, slow, now)
         if not self.rules.levels or len(levels) == 1:
             level = instance.plan_level
             if min(levels[level], self.capacity) > available + ROUNDING:
@@ -257,6 +267,49 @@ class DStackEngine(EngineBase):
             if best is None or pick.gain > best.gain:
                 best = pick
         return best
+
+    def _may_wait(self, instance: Instance, start: int, slow: float, now: int) -> bool:
+        if not instance.slo_us or instance.waiting >= instance.batch_size or instance.boosted:
+            return False
+        if not self.running:
+            return False
+        times = instance.times
+        run_us = (
+            times.us[instance.plan_level][instance.waiting] * times.scale * slow * (1 + self.rules.safety)
+        )
+        go_us = instance.deadline_us - int(run_us + self.rules.patience * instance.slo_us)
+        if go_us <= start:
+            return False
+        if instance.rate_per_us * (go_us - start) < 0.5:
+            return False
+        if instance.run is None and instance.go_us != go_us:
+            instance.go_us = go_us
+            self._wake(go_us, WAKE_GO, instance, instance.deadline_us)
+        return True
+
+    def _proportional(
+        self, instance: Instance, available: float, start: int, slow: float, now: int
+    ) -> Pick | None:
+        own = instance.levels[instance.plan_level]
+        total = own
+        for other in self.instances.values():
+            if other is not instance:
+                active = 1.0 if other.run is not None or other.waiting else other.duty
+                total += other.levels[other.plan_level] * active
+        wanted = self.capacity * own / total
+        levels = instance.levels
+        level = max(bisect_left(levels, wanted * 1.1) - 1, 0)
+        top = bisect_right(levels, available + ROUNDING) - 1
+        if top < 0:
+            return None
+        level = min(level, top)
+        if levels[level] < 0.7 * own and levels[level] < wanted * 0.7:
+            return None
+        pick = self._batch(instance, level, start, slow, now)
+        while pick.missed and level < top:
+            level += 1
+            pick = self._batch(instance, level, start, slow, now)
+        return pick
 
     def _loss(self, instance: Instance) -> float:
         """Speed that the others lose per percent granted to this one."""

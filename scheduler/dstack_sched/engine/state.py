@@ -83,9 +83,36 @@ class Instance:
     """One running copy of a model and the state of its queue as it last reported it."""
 
     __slots__ = (
-        "batch_size", "boosted", "chainable", "chained", "deadline_us", "entry", "level", "levels",
-        "lost_grant", "lost_us", "max_batch", "model", "name", "plan_level", "rate_per_us", "rate_rows",
-        "rate_since_us", "reject", "run", "serial", "share", "slo_us", "times", "waiting", "work_since_us",
+        "batch_size",
+        "boosted",
+        "busy_us",
+        "chainable",
+        "chained",
+        "deadline_us",
+        "duty",
+        "duty_since_us",
+        "entry",
+        "go_us",
+        "level",
+        "levels",
+        "lost_grant",
+        "lost_us",
+        "max_batch",
+        "model",
+        "name",
+        "plan_level",
+        "rate_per_us",
+        "rate_rows",
+        "rate_since_us",
+        "reject",
+        "run",
+        "serial",
+        "share",
+        "slo_us",
+        "slow_seen",
+        "times",
+        "waiting",
+        "work_since_us",
         "worth_per_row",
     )  # fmt: skip
 
@@ -105,6 +132,11 @@ class Instance:
         self.serial = serial
         self.entry: tuple[int, int, Instance, bool] | None = None
         self.chainable = False  # runs, and its next batch may be decided
+        self.go_us = 0
+        self.slow_seen = 1.0  # slowdown by co-runners, moving average
+        self.duty = 0.0
+        self.busy_us = 0
+        self.duty_since_us = 0
         self.boosted = False  # waited a whole session
         self.rate_per_us = 0.0
         self.rate_rows = 0

@@ -22,6 +22,7 @@ from dstack_sched.domain.event import (
     WorkQueued,
 )
 from dstack_sched.engine.interface import Engine
+from dstack_sched.sim.chart import Interval
 from dstack_sched.sim.gpu import Gpu, Job
 from dstack_sched.sim.scenario import Fault, Scenario, SimInstance
 
@@ -99,7 +100,7 @@ class World:
         self.closed_loop = scenario.arrivals.kind == "closed"
         self.checked = checked
         self.trace: list[tuple[int, Event, tuple[Decision, ...]]] | None = [] if record else None
-        self.intervals: list[tuple[str, int, int, float, int, int]] | None = [] if record else None
+        self.intervals: list[Interval] | None = [] if record else None
         self.overloads: list[tuple[int, Overload]] = []
         self.events = 0
         slowest = max((spec.slo_us for spec in scenario.instances), default=0)
@@ -301,7 +302,7 @@ class World:
         late = bisect_left(backend.arrivals, end - slo, first, first + rows) - first
         backend.share_percent_us += job.percent * (now - job.start_us)
         if self.intervals is not None:
-            self.intervals.append((backend.name, job.start_us, end, job.percent, rows, late))
+            self.intervals.append(Interval(backend.name, job.start_us, end, job.percent, rows, late))
         self._answered(rows, now, backend)
         if self.engine is None:
             backend.chained = None
