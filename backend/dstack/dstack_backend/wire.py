@@ -8,10 +8,10 @@ the connection, nobody else.
 
 The conversation of a backend: connect; Ping, Pong (an arbiter that is stopped accepts connections but does
 not answer); Join, Welcome; then Work whenever the queue changes, a Grant when it is its turn, Done when the
-device has finished. A grant may come while one runs: it starts when that one ends. Every grant is answered by
-one Done. No word while a grant is wanted: Ping; still none: the arbiter counts as gone, the backend closes the
-connection, runs ungated, and connects again from time to time. One that runs ungated while it joins says so
-in Join, and ends that batch with Done(grant_id=0).
+device has finished. A grant may come while one runs: it starts when that one ends. Every grant is answered
+by one Done. No word while a grant is wanted: Ping; still none: the arbiter counts as gone, the backend closes
+the connection, runs ungated, and connects again from time to time. One that runs ungated while it joins says
+so in Join, and ends that batch with Done(grant_id=0).
 
 This module is shared with the arbiter (dstack_sched.adapters) and knows neither Triton nor the scheduler.
 """

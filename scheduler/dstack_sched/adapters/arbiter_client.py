@@ -89,4 +89,3 @@ class SocketArbiterClient:
                 raise MachineError(f"arbiter at {self.path}: refused: {reason}")
         self.close()
         raise MachineError(f"arbiter at {self.path}: answered with {type(answer).__name__}")
-
