@@ -98,17 +98,22 @@ class Worker:
 
     def close(self) -> None:
         """End the process: by asking, then by force. Never raises."""
-        assert self._process.stdin and self._process.stdout
-        with contextlib.suppress(OSError):  # it may be gone already, and with it the pipe
-            self._process.stdin.close()
+        self.ask_to_end()
         try:
             # A worker that is loading does not read its stdin; there is nothing in it worth waiting for.
             self._process.wait(EXIT_TIMEOUT_S if self._started else 0.1)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        assert self._process.stdout
         self._process.stdout.close()
         self._stderr.close()
+
+    def ask_to_end(self) -> None:
+        """Let it end by itself; `close` waits for that."""
+        assert self._process.stdin
+        with contextlib.suppress(OSError):  # it may be gone already, and with it the pipe
+            self._process.stdin.close()
 
     def _read(self, timeout_s: float) -> dict[str, Any]:
         assert self._process.stdout
@@ -194,6 +199,8 @@ class ModelProbe:
 
     def close(self) -> None:
         """End all workers. Never raises."""
+        for worker in self._workers.values():
+            worker.ask_to_end()
         for worker in self._workers.values():
             worker.close()
         self._workers.clear()

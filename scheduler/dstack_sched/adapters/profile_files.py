@@ -31,6 +31,22 @@ from dstack_sched.errors import InputError
 
 VERSION = 1
 MIN_POINTS = 2
+# The last ones: a report of how the profiles were made may stand in the same file.
+KNOWN_KEYS = frozenset(
+    {
+        "version",
+        "gpu",
+        "models",
+        "corun",
+        "note",
+        "profiling",
+        "command",
+        "commit",
+        "date",
+        "machine",
+        "figures",
+    }
+)
 
 
 class ProfileFile(NamedTuple):
@@ -77,7 +93,7 @@ def parse_profiles(text: str, source: str) -> ProfileFile:
     models = {name: parse_model(name, body, f"{source}: {name}") for name, body in raw_models.items()}
     notes: list[str] = []
     corun = parse_corun(root.get("corun"), source, notes)
-    for key in sorted(set(root) - {"version", "gpu", "models", "corun", "note"}):
+    for key in sorted(set(root) - KNOWN_KEYS):
         notes.append(f"{source}: {key} is not part of the contract and was left out")
     return ProfileFile(ProfileSet(device, models, corun), tuple(notes))
 

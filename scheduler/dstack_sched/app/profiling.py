@@ -16,7 +16,7 @@ from dstack_sched.domain.profile import CorunPoint, Device, Knee, LatencyFit, Mo
 from dstack_sched.errors import InputError
 from dstack_sched.policy.knee import knee_percent
 from dstack_sched.policy.latency import LatencySurface, fit_profile
-from dstack_sched.policy.sampling import Place, next_place, start_design, surface_error
+from dstack_sched.policy.sampling import CORUN_PERCENTS, Place, next_place, start_design, surface_error
 from dstack_sched.ports import Clock, LatencyProbe, ProfileStore
 
 KNEE_BATCH = 16
@@ -72,6 +72,13 @@ def candidate_percents(device: Device) -> tuple[float, ...]:
         return GPU_PERCENTS
     cores = sorted({max(1, round(device.sms * k / 8)) for k in range(1, 9)})
     return tuple(100.0 * count / device.sms for count in cores)
+
+
+def corun_percents(device: Device) -> tuple[float, ...]:
+    """GPU% of each model when measured side by side; on a CPU host those that are whole cores."""
+    if device.driver != CPU_DRIVER:
+        return CORUN_PERCENTS
+    return tuple(p for p in CORUN_PERCENTS if p * device.sms % 100 == 0)
 
 
 def candidate_batches(device: Device, max_batch_size: int | None = None) -> tuple[int, ...]:
@@ -188,7 +195,7 @@ class _Run:
             self._notes.append(
                 f"{self._profile.name}: GPU% {slow.gpu_percent:g}, batch {slow.batch_size} left out:"
                 f" {slow.latency_ms_p50:.3g} ms, slower than {fast.latency_ms_p50:.3g} ms at GPU%"
-                f" {fast.gpu_percent:g}, batch {fast.batch_size} even when measured again; is the device busy?"
+                f" {fast.gpu_percent:g}, batch {fast.batch_size}, also when measured again; is it busy?"
             )
 
     def _wrong(self) -> list[tuple[ProfilePoint, ProfilePoint]]:

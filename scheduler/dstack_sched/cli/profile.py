@@ -26,6 +26,7 @@ from dstack_sched.app.profiling import (
     Progress,
     candidate_batches,
     corun_batches,
+    corun_percents,
     measure_coruns,
     profile_model,
     with_fit,
@@ -263,7 +264,9 @@ def finish(
                 )
                 for model in found
             }
-            design = corun_design(list(hashes))
+            design = corun_design(list(hashes), corun_percents(device))
+            for name, percent in {seat for entry in design for seat in entry}:
+                probes[name].start([percent])
             task = bar.add_task("side by side", total=len(design))
             measure_coruns(
                 design,

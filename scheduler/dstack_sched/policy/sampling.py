@@ -21,6 +21,7 @@ from dstack_sched.policy.monotone import Array
 from dstack_sched.policy.parallelism import MIN_POINTS, fit_parallelism
 
 MIN_INNER_POINTS = 2
+CORUN_PERCENTS = (25.0, 50.0, 70.0, 100.0)
 Place = tuple[float, int]
 
 
@@ -98,23 +99,27 @@ def prediction_spread(
     return np.asarray(stacked.max(axis=0) / stacked.min(axis=0) - 1.0, np.float64)
 
 
-def corun_design(models: Sequence[str], group_size: int = 4) -> list[tuple[tuple[str, float], ...]]:
+def corun_design(
+    models: Sequence[str], percents: Sequence[float] = CORUN_PERCENTS, group_size: int = 4
+) -> list[tuple[tuple[str, float], ...]]:
     """Who is measured side by side at which GPU%: the interference model needs each model beside others at
     several promises, and the capacity needs the same mix at several promises (policy.interference).
 
-    Each model beside the next at 50% and 100%, and groups of `group_size` at 25%, 50% and 100% each; pairs
-    of a model with itself where there is only one. Entries: ((model, gpu_percent), ...).
+    Each model beside the next at two of `percents` (that nearest to 50, and the largest), and groups of
+    `group_size` at each of them; one model alone runs beside itself. Entries: ((model, gpu_percent), ...).
     """
-    if not models:
+    if not models or not percents:
         return []
     ring = list(models) if len(models) > 1 else [models[0], models[0]]
     pairs = [(ring[i], ring[(i + 1) % len(ring)]) for i in range(len(ring) if len(ring) > 2 else 1)]
-    design = [tuple((name, percent) for name in pair) for percent in (50.0, 100.0) for pair in pairs]
-    if len(ring) > 2:
-        groups = [ring[i : i + group_size] for i in range(0, len(ring), group_size)]
-        groups = [group for group in groups if len(group) > 2]
-        design += [tuple((name, p) for name in group) for p in (25.0, 50.0, 100.0) for group in groups]
-    return design
+    half = min(percents, key=lambda percent: abs(percent - 50.0))
+    design = [
+        tuple((name, p) for name in pair) for p in dict.fromkeys((half, max(percents))) for pair in pairs
+    ]
+    groups = [ring[i : i + group_size] for i in range(0, len(ring), group_size)]
+    return design + [
+        tuple((name, p) for name in group) for p in percents for group in groups if len(group) > 2
+    ]
 
 
 def _middle(values: Sequence[float]) -> float:
