@@ -1,0 +1,200 @@
+"""The backend's executor and gate against a real arbiter process that is killed, stopped and restarted."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dstack_backend import wire
+from dstack_backend.errors import RequestError
+from dstack_backend.executor import Executor
+from dstack_backend.gate import ArbiterGate
+from dstack_backend.stats import Stats
+from dstack_sched.domain.event import PlanChanged
+from dstack_sched.domain.json_form import gpus_to_json
+from fakes.arbiter_bench import PATIENCE_S, ArbiterProcess, model_plan
+
+BATCH = 4
+RUN_S = 0.002
+GPU_PERCENT = 60.0  # two of them do not fit into 100
+
+
+class Request:
+    """One row; `answers` counts how often it was answered or failed: once, whatever happens."""
+
+    wanted = ("y",)
+    budget_us = 0
+
+    def __init__(self, settled: threading.Semaphore) -> None:
+        self.settled = settled
+        self.answers: list[str] = []
+
+    def feeds(self) -> dict[str, np.ndarray]:
+        return {"x": np.zeros((1, 1), np.float32)}
+
+    def is_cancelled(self) -> bool:
+        return False
+
+    def answer(self, outputs: Mapping[str, np.ndarray]) -> None:
+        self.answers.append("answered")
+        self.settled.release()
+
+    def fail(self, error: RequestError) -> None:
+        self.answers.append(str(error))
+        self.settled.release()
+
+
+class Device:
+    """Counts how many batches run at once."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.running = self.most = 0
+
+    def run(self, feeds: Mapping[str, np.ndarray], names: Sequence[str]) -> list[np.ndarray]:
+        with self.lock:
+            self.running += 1
+            self.most = max(self.most, self.running)
+        time.sleep(RUN_S)
+        with self.lock:
+            self.running -= 1
+        return [feeds["x"]]
+
+
+class Instance:
+    """A model instance in this process, with a client that keeps a few requests waiting."""
+
+    def __init__(self, model: str, path: Path, device: Device) -> None:
+        self.stats = Stats()
+        join = wire.Join(model, f"{model}_0", 1, 0, GPU_PERCENT, BATCH, BATCH, 100_000, False)
+        gate = ArbiterGate(path, join, stats=self.stats)
+        self.executor = Executor(
+            device.run,
+            gate,
+            output_names=["y"],
+            batched=True,
+            batch_size=BATCH,
+            slo_us=100_000,
+            stats=self.stats,
+        )
+        self.requests: list[Request] = []
+        self._stop = threading.Event()
+        self._client = threading.Thread(target=self._submit, name=f"client-{model}")
+        self.executor.start()
+        self._client.start()
+
+    def _submit(self) -> None:
+        settled = threading.Semaphore(2 * BATCH)
+        while not self._stop.is_set():
+            assert settled.acquire(timeout=PATIENCE_S), "a request was never answered"
+            request = Request(settled)
+            self.requests.append(request)
+            self.executor.submit([request])
+
+    def close(self) -> None:
+        self._stop.set()
+        self._client.join(PATIENCE_S)
+        self.executor.close()
+        assert all(request.answers == ["answered"] for request in self.requests)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "private" / "arbiter.sock"
+
+
+@pytest.fixture
+def start(path: Path, tmp_path: Path) -> Iterator[Callable[[], ArbiterProcess]]:
+    started: list[ArbiterProcess] = []
+
+    def one() -> ArbiterProcess:
+        started.append(ArbiterProcess(path, tmp_path / "log"))
+        return started[-1]
+
+    yield one
+    for process in started:
+        process.end(signal.SIGKILL)
+
+
+@pytest.fixture
+def instances(
+    path: Path, start: Callable[[], ArbiterProcess]
+) -> Iterator[tuple[ArbiterProcess, list[Instance], Device]]:
+    """Two instances that cannot run side by side, gated by a planned arbiter."""
+    arbiter, device = start(), Device()
+    plan = PlanChanged(
+        100.0, tuple(model_plan(m, gpu_percent=GPU_PERCENT, latency_ms=2.0) for m in ("a", "b"))
+    )
+    arbiter.client.request("plan", gpus=gpus_to_json({0: plan}))
+    both = [Instance(model, path, device) for model in ("a", "b")]
+    yield arbiter, both, device
+    for instance in both:
+        instance.close()
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    give_up = time.monotonic() + PATIENCE_S
+    while not holds():
+        assert time.monotonic() < give_up
+        time.sleep(0.01)
+
+
+def progress(instances: list[Instance], what: str, by: int = 20) -> None:
+    """Wait until each instance's counter has grown."""
+    before = [getattr(instance.stats, what) for instance in instances]
+    wait_until(lambda: all(getattr(i.stats, what) >= n + by for i, n in zip(instances, before, strict=True)))
+
+
+def test_gated_instances_that_do_not_fit_never_run_side_by_side(instances) -> None:
+    _, both, device = instances
+    progress(both, "grants", by=2)
+    with device.lock:
+        device.most = 0
+    progress(both, "grants", by=100)
+    assert device.most == 1
+
+
+def test_killed_arbiter_is_done_without_and_used_again(instances, start) -> None:
+    arbiter, both, device = instances
+    progress(both, "grants")
+    arbiter.end(signal.SIGKILL)
+    progress(both, "ungated_batches")
+    second = start()
+    progress(both, "grants")
+    with device.lock:
+        device.most = 0
+    progress(both, "grants", by=50)
+    assert device.most == 1, "shares are kept again"
+    status = second.client.request("status")
+    assert sorted(backend["model"] for backend in status["backends"]) == ["a", "b"]
+    assert status["gpus"]["0"]["planned_models"] == ["a", "b"]
+
+
+def test_stopped_arbiter_stalls_nobody_and_is_used_again(instances) -> None:
+    arbiter, both, device = instances
+    progress(both, "grants")
+    arbiter.popen.send_signal(signal.SIGSTOP)
+    progress(both, "ungated_batches", by=100)
+    arbiter.popen.send_signal(signal.SIGCONT)
+    progress(both, "grants")
+    with device.lock:
+        device.most = 0
+    progress(both, "grants", by=50)
+    assert device.most == 1, "shares are kept again"
+    assert len(arbiter.client.request("status")["backends"]) == 2
+
+
+def test_arbiter_restarted_again_and_again(instances, start) -> None:
+    arbiter, both, _ = instances
+    for how in (signal.SIGTERM, signal.SIGKILL, signal.SIGTERM):
+        progress(both, "grants")
+        arbiter.end(how)
+        arbiter = start()
+    progress(both, "grants")
+    assert len(arbiter.client.request("status")["backends"]) == 2
