@@ -1,13 +1,12 @@
 """ports.StubProcesses by process inspection: the stubs of a Triton on this host, found by its gRPC port.
 
-A stub is a child of tritonserver, `triton_python_backend_stub ARGUMENTS... INSTANCE_NAME BACKEND_DIR`, where
-the instance is named `<model>_<group>_<number>`.
+A stub is a child of tritonserver, `triton_python_backend_stub REPOSITORY/MODEL/VERSION/model.py ...` (2.51).
 """
 
 from __future__ import annotations
 
-import re
 import socket
+from pathlib import Path
 
 import psutil
 
@@ -27,16 +26,29 @@ class LocalStubProcesses:
         server = self._find_server()
         if server is None:
             return None
-        instance = re.compile(re.escape(model) + r"(_\d+){1,2}")
         try:
             children = server.children()
         except psutil.Error as error:
             self._blind = f"the processes of Triton at {self._url} cannot be listed ({error})"
             return None
-        return frozenset(child.pid for child in children if _is_stub_of(child, instance))
+        return frozenset(child.pid for child in children if _is_stub_of(child, model))
 
     def alive(self, pids: frozenset[int]) -> frozenset[int]:
         return frozenset(pid for pid in pids if _runs(pid))
+
+    def repositories(self) -> tuple[Path, ...]:
+        """The model repositories on its command line; empty where it cannot be seen."""
+        server = self._find_server()
+        try:
+            argv = server.cmdline() if server else []
+        except psutil.Error:
+            argv = []
+        found = []
+        for word, following in zip(argv, [*argv[1:], ""], strict=True):
+            option, equals, value = word.partition("=")
+            if option in ("--model-repository", "--model-store"):
+                found.append(Path(value if equals else following))
+        return tuple(found)
 
     def blind_reason(self) -> str:
         return self._blind
@@ -58,12 +70,12 @@ class LocalStubProcesses:
         return self._server
 
 
-def _is_stub_of(process: psutil.Process, instance: re.Pattern[str]) -> bool:
+def _is_stub_of(process: psutil.Process, model: str) -> bool:
     try:
         argv = process.cmdline()
     except psutil.Error:
         return False
-    return bool(argv) and argv[0].endswith(STUB_NAME) and any(instance.fullmatch(word) for word in argv[1:])
+    return len(argv) > 1 and argv[0].endswith(STUB_NAME) and Path(argv[1]).parts[-3:-2] == (model,)
 
 
 def _listens(process: psutil.Process, port: int) -> bool:

@@ -35,11 +35,13 @@ class Rewrite:
     growth_percent: float
 
 
-def plan_change(plan: ModelPlan, config: ModelConfig, max_batch_size: int | None, gpus: int) -> ConfigChange:
-    """The config fields that state a model's plan. `max_batch_size` is the cap in force, None if unknown.
+def plan_change(plan: ModelPlan, config: ModelConfig, gpus: int) -> ConfigChange:
+    """The config fields that state a model's plan.
 
-    The cap is the clients' and stays as found: the planned batch is our `batch_size` parameter and Triton's
-    preferred size (decisions/0002). Values that are there already, however spelled, are left alone.
+    max_batch_size is the clients' and stays as found: the planned batch is our `batch_size` parameter and
+    Triton's preferred size. Without a max_batch_size in the file (it is completed from the graph, after Triton
+    has checked the file) a preferred size would be refused, so batching is left to be completed too. Values
+    that are there already, however spelled, are left alone.
     """
     wanted = {"gpu_percent": _number(plan.gpu_percent), "batch_size": str(plan.batch_size)}
     if plan.slo_ms is not None:
@@ -48,7 +50,7 @@ def plan_change(plan: ModelPlan, config: ModelConfig, max_batch_size: int | None
     parameters = {
         key: stated[key] if _same(stated.get(key), value) else value for key, value in wanted.items()
     }
-    batches = max_batch_size != 0
+    batches = bool(config.max_batch_size)
     return ConfigChange(
         backend=BACKEND,
         parameters=parameters,
@@ -198,7 +200,7 @@ class Applier:
                 f"{where}: max_batch_size is {cap}, the plan wants batches of {row.batch_size}; "
                 "raise it, or profile and plan again"
             )
-        change = plan_change(row, config, cap, len(plan.gpus))
+        change = plan_change(row, config, len(plan.gpus))
         edit = ConfigEdit(model, text, self._repository.edited(model, change), ready)
         parameters = {key: value for key, value in change.parameters.items() if value is not None}
         return Rewrite(model, row, edit, parameters, row.gpu_percent - _share(config))
