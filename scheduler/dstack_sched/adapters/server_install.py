@@ -201,7 +201,10 @@ def place(source: Path, target: Path, *, link: bool) -> None:
 
 
 def build_backend_dir(install: ServerInstall, directory: Path) -> Path:
-    """A private backend directory: every backend of the install, our stub, and `dstack`, all as links."""
+    """A private backend directory: every backend of the install, our stub, and `dstack`, all as links.
+
+    But for libraries of the Python backend: Triton refuses one whose real path is elsewhere.
+    """
     directory.mkdir(parents=True)
     for backend in install.backends.iterdir():
         if backend.is_dir() and backend.name not in ("python", "dstack"):
@@ -209,7 +212,9 @@ def build_backend_dir(install: ServerInstall, directory: Path) -> Path:
     python = directory / "python"
     python.mkdir()
     for part in (install.backends / "python").iterdir():
-        if part.name not in (STUB, "__pycache__"):
+        if part.suffix == ".so":
+            shutil.copy2(part, python / part.name)
+        elif part.name not in (STUB, "__pycache__"):
             (python / part.name).symlink_to(part.resolve())
     (python / STUB).symlink_to(install.stub.resolve())
     install_backend(directory, link=True)
