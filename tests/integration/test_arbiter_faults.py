@@ -1,0 +1,219 @@
+"""Real Triton, three models under load: an arbiter or a stub that dies or hangs costs the others nothing."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import tritonclient.grpc as grpcclient
+from tritonclient.utils import InferenceServerException
+
+from dstack_backend.endpoint import SOCKET_VARIABLE
+from dstack_sched.adapters.arbiter_client import SocketArbiterClient
+from dstack_sched.adapters.triton_client import TritonClient
+from dstack_sched.adapters.triton_process import TritonProcess
+from dstack_sched.domain.event import EngineModel, PlanChanged
+from dstack_sched.domain.json_form import CPU_INDEX, gpus_to_json
+from dstack_sched.domain.workload import OnLate
+from fakes.arbiter_bench import ArbiterProcess
+from fakes.onnx_models import WIDTH, SlowSum, add_model
+
+MODELS = ("alpha", "beta", "gamma")
+CLIENTS_A_MODEL = 3
+ANSWER_WITHIN_S = 20.0
+SLO_MS = 250.0
+
+
+class Load:
+    """Clients in closed loop; every answer is checked. `answered[model]` and `failed[model]` grow."""
+
+    def __init__(self, url: str, models: dict[str, SlowSum]) -> None:
+        self.url = url
+        self.models = models
+        self.answered = dict.fromkeys(models, 0)
+        self.failed: dict[str, list[str]] = {name: [] for name in models}
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._threads = [
+            threading.Thread(target=self._client, args=(name, seed))
+            for name in models
+            for seed in range(CLIENTS_A_MODEL)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def _client(self, name: str, seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        model = self.models[name]
+        tensor = grpcclient.InferInput(f"x_{name}", [1, WIDTH], "FP32")
+        with grpcclient.InferenceServerClient(self.url) as client:
+            while not self._stop.is_set():
+                x = rng.standard_normal((1, WIDTH)).astype(np.float32)
+                tensor.set_data_from_numpy(x)
+                failure = ""
+                try:
+                    y = client.infer(name, [tensor], client_timeout=ANSWER_WITHIN_S).as_numpy(f"y_{name}")
+                    if not np.allclose(y, model.expected(x), atol=1e-3):
+                        failure = "wrong answer"
+                except InferenceServerException as error:
+                    failure = str(error)
+                with self._lock:
+                    if failure:
+                        self.failed[name].append(failure)
+                    else:
+                        self.answered[name] += 1
+                if failure:
+                    self._stop.wait(0.05)
+
+    def counts(self) -> dict[str, int]:
+        with self._lock:
+            return dict(self.answered)
+
+    def stop(self) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join(ANSWER_WITHIN_S + 5)
+        assert not any(thread.is_alive() for thread in self._threads), "a request hangs"
+
+
+@pytest.fixture
+def start_arbiter(tmp_path: Path) -> Iterator[Callable[[], ArbiterProcess]]:
+    started: list[ArbiterProcess] = []
+
+    def start() -> ArbiterProcess:
+        started.append(ArbiterProcess(tmp_path / "private" / "arbiter.sock", tmp_path / "arbiter.log"))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.end(signal.SIGKILL)
+
+
+@pytest.fixture
+def served(
+    triton, start_arbiter, tmp_path: Path
+) -> Iterator[tuple[TritonProcess, ArbiterProcess, Path, Load]]:
+    """Three models on Triton, planned for, gated by an arbiter, and under load."""
+    socket = tmp_path / "private" / "arbiter.sock"
+    arbiter = start_arbiter()
+    models = {name: SlowSum(name, seed=i) for i, name in enumerate(MODELS)}
+    for model in models.values():
+        add_model(tmp_path / "repository", model, gpu_percent=50, slo_ms=SLO_MS)
+    rows = tuple(
+        EngineModel(
+            name, 50.0, 8, int(SLO_MS * 1000), 1.0, OnLate.SERVE, 50.0, (50.0,), (1, 8), ((4.0, 12.0),)
+        )
+        for name in MODELS
+    )
+    arbiter.client.request("plan", gpus=gpus_to_json({CPU_INDEX: PlanChanged(100.0, rows)}))
+    arbiter.client.close()
+    server = triton(tmp_path / "repository", load=MODELS, env={SOCKET_VARIABLE: str(socket)})
+    load = Load(server.grpc_url, models)
+    try:
+        yield server, arbiter, socket, load
+    finally:
+        load.stop()
+
+
+def grants(socket: Path) -> dict[str, int]:
+    """Grants ended with rows by model, as the arbiter counts them; zeros where it does not answer."""
+    client = SocketArbiterClient(socket)
+    try:
+        models = client.request("status")["models"]
+    finally:
+        client.close()
+    return {name: models.get(name, {}).get("rows", 0) for name in MODELS}
+
+
+def wait_until(what: str, holds, within_s: float = 15.0) -> float:
+    """Seconds it took. Fails with `what` where it does not come true."""
+    began = time.monotonic()
+    while not holds():
+        assert time.monotonic() - began < within_s, f"not within {within_s} s: {what}"
+        time.sleep(0.05)
+    return time.monotonic() - began
+
+
+def all_grow(count, by: int = 5, names=MODELS):
+    """A condition: every one of these counts is `by` more than now."""
+    before = count()
+    return lambda: all(count()[name] >= before[name] + by for name in names)
+
+
+def test_arbiter_that_dies_or_hangs_loses_no_request_and_is_used_again(served, start_arbiter) -> None:
+    _, arbiter, socket, load = served
+    wait_until("all models run by grants", all_grow(lambda: grants(socket)))
+
+    arbiter.end(signal.SIGKILL)
+    wait_until("all models answer without an arbiter", all_grow(load.counts))
+    arbiter = start_arbiter()
+    wait_until("the arbiter that came back is used", all_grow(lambda: grants(socket)))
+
+    arbiter.popen.send_signal(signal.SIGSTOP)
+    stopped = time.monotonic()
+    wait_until("all models answer beside a stopped arbiter", all_grow(load.counts), within_s=3.0)
+    wait_until("three seconds of it", lambda: time.monotonic() - stopped > 3.0)
+    arbiter.popen.send_signal(signal.SIGCONT)
+    wait_until("the arbiter that went on is used", all_grow(lambda: grants(socket)))
+
+    assert arbiter.end(signal.SIGTERM) == 0
+    arbiter = start_arbiter()
+    wait_until("the restarted arbiter is used", all_grow(lambda: grants(socket)))
+
+    load.stop()
+    assert load.failed == {name: [] for name in MODELS}
+    status = arbiter.client.request("status")
+    assert len(status["backends"]) == len(MODELS), "every instance is joined once"
+    assert status["gpus"]["-1"]["planned_models"] == list(MODELS), "the plan survived two restarts"
+    wait_until("no share is held", lambda: idle(arbiter.client))
+    arbiter.end(signal.SIGTERM)
+
+
+def idle(client: SocketArbiterClient) -> bool:
+    return client.request("status")["gpus"]["-1"]["granted_percent"] == 0
+
+
+def stub_of(server: TritonProcess, model: str) -> psutil.Process:
+    """The model instance's own process."""
+    found = [
+        process
+        for process in psutil.Process(server.pid).children(recursive=True)
+        if "stub" in process.name()
+        and any(
+            f"/{model}/" in part or part.endswith(f"/{model}") or part.startswith(model)
+            for part in process.cmdline()
+        )
+    ]
+    assert len(found) == 1, [p.cmdline() for p in psutil.Process(server.pid).children(recursive=True)]
+    return found[0]
+
+
+def test_stub_that_dies_takes_only_what_it_ran(served) -> None:
+    server, arbiter, socket, load = served
+    others = [name for name in MODELS if name != "beta"]
+    wait_until("all models run by grants", all_grow(lambda: grants(socket)))
+
+    os.kill(stub_of(server, "beta").pid, signal.SIGKILL)
+    wait_until(
+        "the arbiter forgets the dead instance",
+        lambda: {b["model"] for b in arbiter.client.request("status")["backends"]} == set(others),
+    )
+    wait_until("the others go on by grants", all_grow(lambda: grants(socket), by=20, names=others))
+    assert all(not load.failed[name] for name in others)
+
+    with TritonClient(server.grpc_url) as client:
+        client.load("beta")
+    failed_before = len(load.failed["beta"])
+    wait_until("beta answers again", all_grow(load.counts, names=["beta"]))
+    wait_until("beta runs by grants again", all_grow(lambda: grants(socket), names=["beta"]))
+    load.stop()
+    assert all(not load.failed[name] for name in others)
+    assert len(load.failed["beta"]) <= failed_before + CLIENTS_A_MODEL
+    arbiter.end(signal.SIGTERM)
