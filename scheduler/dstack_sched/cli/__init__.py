@@ -25,6 +25,7 @@ app = typer.Typer(
 # One module a verb, imported when it is asked for: `dstackctl arbiter` must not wait for cvxpy and gRPC.
 VERBS = (
     "arbiter",
+    "plan",
     "profile",
     "serve",
     "status",

@@ -7,7 +7,7 @@ of the interference model and promise no more than the capacity, by column gener
 
 A point counts where its latency is within the SLO: requests may arrive in the best possible way, so no
 waiting is charged. Both answer two questions: the largest total goodput when the demands' rates are upper
-limits, and the largest common factor on all rates (the peak of the mix). Rates are per second, latencies in ms.
+limits, and the largest common factor on all rates (the peak of the mix). Rates are per second, latencies ms.
 """
 
 from __future__ import annotations

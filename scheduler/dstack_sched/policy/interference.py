@@ -133,7 +133,7 @@ def measured_capacity_percent(points: Sequence[CorunPoint], totals: Sequence[Cor
         for group in groups.values()
         if len(group) >= 2
     ]
-    return float(max(100.0, np.median(best))) if best else 100.0
+    return max(100.0, float(np.median(best))) if best else 100.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,350 @@
+"""The use case `plan`: profiles and a workload in, a plan out. Pure: no file, no clock, no machine."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from dstack_sched.domain.plan import ModelPlan, Plan, Replica
+from dstack_sched.domain.profile import Device, ProfileSet
+from dstack_sched.domain.workload import ModelDemand, Workload
+from dstack_sched.errors import InfeasibleError, InputError
+from dstack_sched.policy.batch_program import assembly_ms, efficacy, slo_too_short, solve_batch_program
+from dstack_sched.policy.candidates import Candidate, JointTask, candidate
+from dstack_sched.policy.interference import Interference, fit_interference, measured_capacity_percent
+from dstack_sched.policy.joint_program import (
+    JointPlan,
+    JointSetting,
+    Placed,
+    Scale,
+    fewest_gpus,
+    largest_scale,
+    solve_joint,
+    why_not,
+)
+from dstack_sched.policy.knee import knee_percent
+from dstack_sched.policy.latency import LatencySurface
+from dstack_sched.policy.runnable import CPU_DRIVER, runnable_grid
+
+CPU_INDEX = -1
+_JOINT_STEP_PERCENT = 5
+
+Objective = Literal["demand", "efficacy"]
+
+
+@dataclass(frozen=True, slots=True)
+class PlanOptions:
+    """How to plan.
+
+    gpus: of the profiled kind (with minimize_gpus: at most so many). capacity_percent: what may be promised
+    at once; None takes the measured oversubscription, at least 100. objective "efficacy" takes each model's
+    batch program alone and only places the results. time_limit_s: for each mixed-integer program.
+    """
+
+    objective: Objective = "demand"
+    gpus: int = 1
+    minimize_gpus: bool = False
+    maximize_headroom: bool = False
+    capacity_percent: float | None = None
+    time_limit_s: float = 4.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Case:
+    """Everything a plan is made from."""
+
+    device: Device
+    demands: Mapping[str, ModelDemand]
+    tasks: tuple[JointTask, ...]
+    interference: Interference
+    capacities: tuple[float, ...]
+    options: PlanOptions
+
+    def setting(self) -> JointSetting:
+        return JointSetting(
+            gpus=self.options.gpus,
+            memory_bytes=self.device.memory_bytes,
+            interference=self.interference,
+            capacities=self.capacities,
+            time_limit_s=self.options.time_limit_s,
+        )
+
+
+def make_plan(profiles: ProfileSet, workload: Workload, options: PlanOptions = PlanOptions()) -> Plan:
+    """The plan for the workload; one that does not fit gives a plan with feasible False (domain/plan.py).
+
+    Errors: InputError for a model without a profile or an option out of range.
+    """
+    case = _case(profiles, workload, options)
+    for task in case.tasks:
+        fastest = float(task.surface.latency_ms(task.grid.percents[-1], task.grid.batches[0]))
+        if task.slo_ms is not None and 2 * fastest > task.slo_ms:
+            return _nothing(case, slo_too_short(task.surface, task.slo_ms, task.grid))
+    if options.objective == "efficacy":
+        return _efficacy_plan(case)
+    return _joint_plan(case)
+
+
+def _case(profiles: ProfileSet, workload: Workload, options: PlanOptions) -> _Case:
+    if options.gpus < 1:
+        raise InputError(f"--gpus is {options.gpus}; at least 1 is wanted")
+    if options.minimize_gpus and options.maximize_headroom:
+        raise InputError("--minimize gpus and --maximize headroom are two goals; name one")
+    if options.objective == "efficacy" and (options.minimize_gpus or options.maximize_headroom):
+        raise InputError(
+            "--objective efficacy plans each model by itself; leave --minimize and --maximize out"
+        )
+    if not workload.models:
+        raise InputError("the workload has no models")
+    cpu = profiles.device.driver == CPU_DRIVER
+    if cpu and options.gpus > 1:
+        raise InputError(f"--gpus is {options.gpus}, but the profiles are of a CPU ({profiles.device.name})")
+    for demand in workload.models:
+        if demand.name not in profiles.models:
+            known = ", ".join(sorted(profiles.models))
+            raise InputError(
+                f"{demand.name}: no profile; the profiles hold {known}; run `dstackctl profile {demand.name}`"
+            )
+    surfaces = {d.name: LatencySurface.from_profile(profiles.models[d.name]) for d in workload.models}
+    others = {n: LatencySurface.from_profile(p) for n, p in profiles.models.items() if n not in surfaces}
+    tasks = tuple(
+        JointTask(
+            surface=surfaces[d.name],
+            slo_ms=d.slo_ms,
+            rate_per_s=d.rate_per_s,
+            weight=d.weight,
+            memory_bytes=profiles.models[d.name].memory_bytes,
+            grid=runnable_grid(
+                surfaces[d.name],
+                profiles.device,
+                step_percent=1 if options.objective == "efficacy" else _JOINT_STEP_PERCENT,
+            ),
+        )
+        for d in workload.models
+    )
+    measured = 100.0 if cpu else measured_capacity_percent(profiles.corun)
+    top = measured if options.capacity_percent is None else options.capacity_percent
+    return _Case(
+        device=profiles.device,
+        demands={d.name: d for d in workload.models},
+        tasks=tasks,
+        interference=fit_interference({**others, **surfaces}, profiles.corun),
+        capacities=tuple(sorted({100.0, top})) if top > 100 else (top,),
+        options=options,
+    )
+
+
+def _joint_plan(case: _Case) -> Plan:
+    setting = case.setting()
+    plan: JointPlan | None
+    if case.options.minimize_gpus:
+        found = fewest_gpus(case.tasks, setting)
+        plan = found[1] if found else None
+        if found:
+            setting = replace(setting, gpus=found[0])
+        scale = largest_scale(case.tasks, setting)
+    elif case.options.maximize_headroom:
+        scale = largest_scale(case.tasks, setting)
+        plan = scale.plan if scale.factor >= 1 else None
+    else:
+        plan = solve_joint(case.tasks, setting)
+        scale = largest_scale(case.tasks, setting)
+    if plan is None and scale.factor >= 1:
+        plan = scale.plan
+    if plan is not None:
+        return _plan(case, plan, setting.gpus, scale, feasible=True, rate_scale=1.0)
+    if scale.plan is None:
+        return _nothing(case, why_not(case.tasks, setting))
+    return _plan(case, scale.plan, setting.gpus, scale, feasible=False, rate_scale=scale.factor)
+
+
+def _plan(
+    case: _Case, plan: JointPlan, gpus: int, scale: Scale, *, feasible: bool, rate_scale: float
+) -> Plan:
+    binding = scale.limits
+    if not feasible:
+        first = scale.limits[0] if scale.limits else "no limit alone"
+        binding = (
+            f"the workload does not fit {gpus} x {case.device.name}: {first}; "
+            f"the rates fit when scaled by {_floor(scale.factor):g}",
+            *scale.limits,
+        )
+    return Plan(
+        capacity_percent=plan.capacity_percent,
+        gpus=_gpu_names(case, gpus),
+        models={
+            placed.task.name: _row(case, plan, placed, rate_scale if not feasible else 1.0)
+            for placed in plan.placed
+        },
+        feasible=feasible,
+        binding=binding,
+        headroom=scale.factor if feasible else min(scale.factor, 1.0),
+        gap=plan.gap,
+        notes=_notes(case),
+    )
+
+
+def _row(case: _Case, plan: JointPlan, placed: Placed, rate_scale: float) -> ModelPlan:
+    """One model's row; rates as demanded, times rate_scale for a workload that does not fit."""
+    task, demand = placed.task, case.demands[placed.task.name]
+    rate = demand.rate_per_s * rate_scale
+    chosen = placed.on[0][1]
+    p, b = chosen.gpu_percent, chosen.batch_size
+    latencies = [_beside(case, plan, gpu, item) for gpu, item in ((g, (task, c)) for g, c in placed.on)]
+    throughput = sum(1000.0 * b / ms for ms in latencies)
+    per_replica = rate / len(placed.on)
+    isolated = float(task.surface.latency_ms(p, b))
+    return ModelPlan(
+        gpu=_gpu_index(case, placed.on[0][0]),
+        gpu_percent=p,
+        batch_size=b,
+        max_queue_delay_us=_queue_delay_us(b, per_replica, max(latencies), task.slo_ms),
+        latency_ms=max(latencies),
+        throughput_per_s=throughput,
+        efficacy=efficacy(p, b, isolated),
+        knee_percent=knee_percent(task.surface, b, percents=task.grid.percents),
+        utilization=rate / throughput,
+        replicas=tuple(Replica(_gpu_index(case, g), c.gpu_percent, per_replica) for g, c in placed.on),
+        slo_ms=demand.slo_ms,
+        rate_per_s=rate,
+        weight=demand.weight,
+        on_late=demand.on_late,
+    )
+
+
+def _beside(case: _Case, plan: JointPlan, gpu: int, item: tuple[JointTask, Candidate]) -> float:
+    """Predicted latency beside the models that share the GPU: they hold what they were promised, or what is
+    left of the capacity where that is less."""
+    task, chosen = item
+    others = sum(c.gpu_percent for x in plan.placed for g, c in x.on if g == gpu and x.task.name != task.name)
+    left = max(0.0, plan.capacity_percent - chosen.gpu_percent)
+    slowdown = float(case.interference.slowdown(task.name, min(left, others)))
+    return float(task.surface.latency_ms(chosen.gpu_percent, chosen.batch_size)) * slowdown
+
+
+def _queue_delay_us(b: int, rate_per_s: float, latency_ms: float, slo_ms: float | None) -> int:
+    """How long the first request of a batch may wait for the rest: the time the batch takes to fill, never so
+    long that its run would end past the SLO; one run for a best-effort model whose batch may never fill."""
+    fill = assembly_ms(b, rate_per_s)
+    limit = latency_ms if slo_ms is None else max(0.0, slo_ms - latency_ms)
+    return round(1000.0 * min(fill, limit))
+
+
+def _efficacy_plan(case: _Case) -> Plan:
+    """Each model at its own best (p, b); the most demanding placed first, where there is least demand."""
+    load = [0.0] * case.options.gpus
+    placed, binding, worst = [], [], 0.0
+    capacity = case.capacities[-1]
+    chosen: list[tuple[JointTask, Candidate]] = []
+    for task in case.tasks:
+        try:
+            best = solve_batch_program(
+                task.surface, slo_ms=task.slo_ms, rate_per_s=task.rate_per_s, grid=task.grid
+            )
+        except InfeasibleError as error:
+            return _nothing(case, str(error))
+        binding += [f"{task.name}: {name}" for name in best.binding]
+        point = (best.gpu_percent, best.batch_size, 1)
+        chosen.append((task, candidate(task, case.interference, capacity, point, alone=True)))
+    for task, item in sorted(chosen, key=lambda x: -x[1].demand_percent):
+        gpu = load.index(min(load))
+        load[gpu] += item.demand_percent
+        placed.append(Placed(task, ((gpu, item),)))
+        worst = max(worst, item.utilization)
+    placed.sort(key=lambda x: [t.name for t in case.tasks].index(x.task.name))
+    factor = 1.0 / max(worst, max(load) / capacity) if worst > 0 else math.inf
+    plan = JointPlan(capacity, tuple(placed), sum(load), 0.0)
+    limits = tuple(binding)
+    if factor < 1:
+        hot = max(chosen, key=lambda x: max(x[1].utilization, x[1].demand_percent / capacity))[0].name
+        limits = (f"{hot}: asks more than its GPU% and batch size of greatest efficacy give", *limits)
+    return _plan(
+        case, plan, case.options.gpus, Scale(factor, plan, limits), feasible=factor >= 1, rate_scale=factor
+    )
+
+
+def _nothing(case: _Case, reason: str) -> Plan:
+    """The plan of a workload that fits at no rate."""
+    return Plan(
+        capacity_percent=case.capacities[-1],
+        gpus=_gpu_names(case, case.options.gpus),
+        models={},
+        feasible=False,
+        binding=(reason,),
+        headroom=0.0,
+        notes=_notes(case),
+    )
+
+
+def _notes(case: _Case) -> tuple[str, ...]:
+    lines: list[str] = []
+    for task in case.tasks:
+        surface = task.surface
+        if surface.kind == "grid":
+            lines.append(
+                f"{surface.name}: the fit misses a point by {100 * surface.fit_error:.0f}%, "
+                "planned on the measured grid"
+            )
+        lines += surface.unknown
+    after = case.interference.after
+    if after is not None and case.interference.before is not None:
+        lines.append(
+            f"interference: mean error on the measured co-runs {100 * after.mean:.0f}%, "
+            f"{100 * case.interference.before.mean:.0f}% without the model"
+        )
+    elif case.device.driver != CPU_DRIVER and len(case.tasks) > 1:
+        lines.append("interference: no co-runs measured, so none is assumed")
+    return tuple(lines)
+
+
+def _gpu_names(case: _Case, gpus: int) -> tuple[str, ...]:
+    return (case.device.name,) * gpus
+
+
+def _gpu_index(case: _Case, gpu: int) -> int:
+    return CPU_INDEX if case.device.driver == CPU_DRIVER else gpu
+
+
+def _floor(value: float) -> float:
+    """Down to three digits, so that the stated scale does fit."""
+    if value <= 0 or not math.isfinite(value):
+        return value
+    unit = 10.0 ** (math.floor(math.log10(value)) - 2)
+    return round(math.floor(value / unit + 1e-9) * unit, 12)
+
+
+def gpus_used(plan: Plan) -> Sequence[int]:
+    """Indices of the GPUs that run something."""
+    return sorted({replica.gpu for row in plan.models.values() for replica in row.replicas})
+
+
+def explain_plan(
+    plan: Plan, profiles: ProfileSet, workload: Workload, options: PlanOptions = PlanOptions()
+) -> tuple[str, ...]:
+    """Why the plan is as it is, one line each: the fits, each model's own best, limits, gap."""
+    case = _case(profiles, workload, options)
+    lines = []
+    for task in case.tasks:
+        surface = task.surface
+        lines.append(
+            f"{task.name}: {surface.kind} surface of {len(surface.errors)} points, "
+            f"largest error {100 * surface.max_relative_error:.1f}%"
+        )
+        try:
+            best = solve_batch_program(
+                surface, slo_ms=task.slo_ms, rate_per_s=task.rate_per_s, grid=task.grid
+            )
+        except InfeasibleError as error:
+            lines.append(str(error))
+            continue
+        bound = "" if best.relaxed is None else f", bound {best.relaxed.efficacy:.3g}"
+        lines.append(
+            f"{task.name}: alone, the greatest efficacy is at {best.gpu_percent:g}%, b={best.batch_size} "
+            f"({best.efficacy:.3g}{bound}; {best.method}; limited by {', '.join(best.binding) or 'nothing'})"
+        )
+    lines += [f"limit: {line}" for line in plan.binding]
+    if plan.gap > 0:
+        lines.append(f"the plan is within {100 * plan.gap:.1f}% of the least demand (time limit)")
+    return (*lines, *plan.notes)

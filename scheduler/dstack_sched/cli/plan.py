@@ -1,0 +1,115 @@
+"""`dstackctl plan`: for each model a GPU, a GPU% and a batch size that keep every SLO."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dstack_sched.adapters.plan_files import plan_json, write_plan
+from dstack_sched.adapters.profile_files import read_profiles
+from dstack_sched.app.planning import PlanOptions, explain_plan, make_plan
+from dstack_sched.cli import app
+from dstack_sched.cli.common import JsonOption, print_json, print_table, say
+from dstack_sched.config import read_workload
+from dstack_sched.domain.plan import Plan
+from dstack_sched.errors import InfeasibleError
+
+
+class ObjectiveName(str, Enum):
+    DEMAND = "demand"
+    EFFICACY = "efficacy"
+
+
+class Minimize(str, Enum):
+    GPUS = "gpus"
+
+
+class Maximize(str, Enum):
+    HEADROOM = "headroom"
+
+
+@app.command()
+def plan(
+    profiles: Annotated[Path, typer.Option("--profiles", metavar="FILE", help="A profiles.json.")],
+    workload: Annotated[Path, typer.Option("--workload", metavar="FILE", help="A workload.yaml.")],
+    json_output: JsonOption = False,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="Also write the plan there, atomically.")
+    ] = None,
+    objective: Annotated[
+        ObjectiveName,
+        typer.Option("--objective", help="demand: the joint program; efficacy: each model's batch program."),
+    ] = ObjectiveName.DEMAND,
+    gpus: Annotated[int, typer.Option("--gpus", metavar="N", help="GPUs of the profiled kind.")] = 1,
+    minimize: Annotated[
+        Minimize | None, typer.Option("--minimize", help="Use as few of the --gpus as possible.")
+    ] = None,
+    maximize: Annotated[
+        Maximize | None, typer.Option("--maximize", help="Leave the most room for higher rates.")
+    ] = None,
+    capacity_percent: Annotated[
+        float | None,
+        typer.Option(
+            "--capacity",
+            metavar="PERCENT",
+            help="GPU% that may be promised at once; default: as measured by co-runs, else 100.",
+        ),
+    ] = None,
+    explain: Annotated[bool, typer.Option("--explain", help="Say why: limits, fits, bounds.")] = False,
+) -> None:
+    """Choose GPU, GPU% and batch size of every model, so that each keeps its SLO at its rate.
+
+    Exit status 1 when the workload does not fit; the line then names the model, the limit and the largest
+    scale of the rates that fits.
+
+    Example: dstackctl plan --profiles profiles.json --workload workload.yaml --out plan.json
+    """
+    known, wanted = read_profiles(profiles), read_workload(workload)
+    options = PlanOptions(
+        objective=objective.value,
+        gpus=gpus,
+        minimize_gpus=minimize is Minimize.GPUS,
+        maximize_headroom=maximize is Maximize.HEADROOM,
+        capacity_percent=capacity_percent,
+    )
+    found = make_plan(known, wanted, options)
+    if out is not None:
+        write_plan(out, found)
+    if json_output:
+        print_json(plan_json(found))
+    else:
+        show_plan(found)
+    if explain:
+        for line in explain_plan(found, known, wanted, options):
+            say(line)
+    if not found.feasible:
+        raise InfeasibleError(found.binding[0])
+
+
+def show_plan(plan: Plan) -> None:
+    """The plan as a table for people, on stdout."""
+    rows = [
+        (
+            name,
+            ",".join("cpu" if each.gpu < 0 else str(each.gpu) for each in row.replicas) or str(row.gpu),
+            f"{row.gpu_percent:g}",
+            row.batch_size,
+            row.rate_per_s,
+            row.throughput_per_s,
+            f"{100 * row.utilization:.0f}%",
+            row.latency_ms,
+            row.slo_ms,
+            f"{row.knee_percent:g}",
+        )
+        for name, row in plan.models.items()
+    ]
+    state = "fits" if plan.feasible else "does not fit; below: the largest scale of the rates that does"
+    print_table(
+        f"{len(plan.gpus)} x {plan.gpus[0]}, capacity {plan.capacity_percent:g}%: {state}; "
+        f"headroom {plan.headroom:.3g}",
+        ("model", "gpu", "GPU%", "batch", "rate/s", "can/s", "busy", "run ms", "SLO ms", "knee%"),
+        rows,
+    )
