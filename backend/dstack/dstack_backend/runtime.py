@@ -14,11 +14,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import onnxruntime as ort
 
 from dstack_backend.errors import DeviceError, ModelError, RunError, one_line
-from dstack_backend.tensors import TensorSpec, check_served
+from dstack_backend.tensors import Array, TensorSpec, check_served
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
@@ -29,8 +28,12 @@ class Session(Protocol):
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
 
-    def run(self, feeds: Mapping[str, np.ndarray], outputs: Sequence[str] | None = None) -> list[np.ndarray]:
+    def run(self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None) -> list[Array]:
         """Outputs by name, in the order asked for (all, in graph order, for None). Raises RunError."""
+        ...
+
+    def warm_up(self, batch_sizes: Sequence[int]) -> None:
+        """Prepare the device for these batch sizes, in the thread that will run them."""
         ...
 
     def close(self) -> None: ...
@@ -91,13 +94,16 @@ class CpuSession:
         self.inputs, self.outputs = specs_of(self._session, model_path)
         self._names = [spec.name for spec in self.outputs]
 
-    def run(self, feeds: Mapping[str, np.ndarray], outputs: Sequence[str] | None = None) -> list[np.ndarray]:
+    def run(self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None) -> list[Array]:
         if self._session is None:
             raise RunError("the session is closed")
         try:
-            return self._session.run(list(outputs or self._names), feeds)
+            return list(self._session.run(list(outputs or self._names), feeds))
         except Exception as error:
             raise RunError(one_line(error)) from error
+
+    def warm_up(self, batch_sizes: Sequence[int]) -> None:
+        """Nothing to prepare: the CPU provider plans for any shape."""
 
     def close(self) -> None:
         self._session = None
@@ -113,7 +119,7 @@ def session_options() -> ort.SessionOptions:
 
 
 def open_onnx(
-    model_path: Path, providers: Sequence[str | tuple[str, dict]], options: ort.SessionOptions
+    model_path: Path, providers: Sequence[str | tuple[str, dict[str, Any]]], options: ort.SessionOptions
 ) -> ort.InferenceSession:
     """An InferenceSession whose first provider is really in force. Raises ModelError, DeviceError.
 
@@ -143,7 +149,7 @@ def specs_of(
 ) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
     """Inputs and outputs of a session. Optional: typed so, or with a default that a feed overrides."""
     inputs = [_spec(node) for node in session.get_inputs()]
-    inputs += [_spec(node, optional=True) for node in session.get_overridable_initializers()]
+    inputs += [_spec(node, has_default=True) for node in session.get_overridable_initializers()]
     outputs = [_spec(node) for node in session.get_outputs()]
     for spec in inputs:
         check_served(spec, "input", model_path)
@@ -152,11 +158,11 @@ def specs_of(
     return tuple(inputs), tuple(outputs)
 
 
-def _spec(node: Any, optional: bool = False) -> TensorSpec:
-    dtype = node.type
+def _spec(node: Any, has_default: bool = False) -> TensorSpec:
+    dtype, optional = node.type, has_default
     if dtype.startswith("optional("):
         dtype, optional = dtype[len("optional(") : -1], True
-    return TensorSpec(node.name, dtype, tuple(_dim(dim) for dim in node.shape), optional)
+    return TensorSpec(node.name, dtype, tuple(_dim(dim) for dim in node.shape), optional, has_default)
 
 
 def _dim(dim: int | str | None) -> int | str | None:

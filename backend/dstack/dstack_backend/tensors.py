@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dstack_backend.errors import ModelError, RequestError
+
+Array: TypeAlias = NDArray[Any]
 
 # ONNX Runtime's name -> (Triton's config name, NumPy type). BF16 is missing on purpose: NumPy has no such
 # type and Triton's Python backend cannot hand such a tensor over.
@@ -33,13 +36,15 @@ _TYPES: dict[str, tuple[str, Any]] = {
 class TensorSpec:
     """An input or output of a model. `dims`: a number, the name of a dynamic dimension, or None (nameless).
 
-    `optional`: a request may leave the input out; the graph then uses its own default.
+    `optional`: a request may leave the input out. `has_default`: because the graph holds a value for it
+    (an initializer that is also a graph input).
     """
 
     name: str
     dtype: str
     dims: tuple[int | str | None, ...]
     optional: bool = False
+    has_default: bool = False
 
     def __iter__(self) -> Iterator[Any]:
         """Unpacks as name, dtype, shape."""
@@ -51,8 +56,9 @@ class TensorSpec:
         return tuple(dim if isinstance(dim, int) else None for dim in self.dims)
 
     @property
-    def numpy_dtype(self) -> np.dtype:
-        return np.dtype(_TYPES[self.dtype][1])
+    def numpy_dtype(self) -> np.dtype[Any]:
+        dtype: np.dtype[Any] = np.dtype(_TYPES[self.dtype][1])
+        return dtype
 
     @property
     def triton_dtype(self) -> str:
@@ -67,7 +73,7 @@ def check_served(spec: TensorSpec, what: str, file: object) -> None:
     raise ModelError(f"{file}: {what} {spec.name!r} has type {spec.dtype}, which Triton cannot carry; {mend}")
 
 
-def text_of(array: np.ndarray, name: str) -> np.ndarray:
+def text_of(array: Array, name: str) -> Array:
     """BYTES elements as the str that ONNX Runtime wants, same shape. Raises RequestError if not UTF-8.
 
     ONNX Runtime keeps strings as UTF-8 and returns them as str, so other bytes could not come back.

@@ -1,0 +1,215 @@
+"""The waiting requests of an instance, and how a batch is made of them. Pure: no clock, thread or device.
+
+Requests are served earliest deadline first. A batch holds rows of one group: the same inputs present, with
+the same types and the same shapes after the batch dimension. A request larger than a batch is taken in
+chunks; it is answered when its last chunk is done.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from dstack_backend.errors import RequestError, RunError
+from dstack_backend.interfaces import Feeds, Request
+from dstack_backend.tensors import Array
+
+
+class Item:
+    """A request in the queue. rows 1 and `batched` False where the model has no batch dimension."""
+
+    __slots__ = (
+        "arrival_us", "batched", "deadline_us", "done_rows", "feeds", "key", "order", "parts", "request",
+        "rows", "settled", "taken_rows",
+    )  # fmt: skip
+
+    def __init__(self, request: Request, feeds: Feeds, batched: bool, arrival_us: int, deadline_us: int):
+        self.request = request
+        self.feeds = feeds
+        self.batched = batched
+        self.rows = rows_of(feeds) if batched else 1
+        self.key: Any = group_key(feeds, batched)
+        self.arrival_us = arrival_us
+        self.deadline_us = deadline_us
+        self.order = 0  # arrival order, set by the queue
+        self.taken_rows = 0  # rows handed to batches so far
+        self.done_rows = 0
+        self.parts: dict[int, Mapping[str, Array]] = {}  # outputs of the chunks done, by first row
+        self.settled = False  # answered or failed: later chunks are dropped
+
+
+def rows_of(feeds: Feeds) -> int:
+    """Rows of a request: the first dimension that all its inputs share. Raises RequestError."""
+    rows = {array.shape[0] if array.ndim else -1 for array in feeds.values()}
+    if len(rows) != 1 or -1 in rows:
+        shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in feeds.items())
+        raise RequestError(f"inputs must share their first (batch) dimension; got {shapes or 'no input'}")
+    if rows == {0}:
+        raise RequestError("a batch of 0 rows; send at least one")
+    return rows.pop()
+
+
+def group_key(feeds: Feeds, batched: bool) -> tuple[Any, ...]:
+    """What requests must have in common to share a batch."""
+    first = 1 if batched else 0
+    return tuple(sorted((name, array.dtype.char, array.shape[first:]) for name, array in feeds.items()))
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Rows [start, stop) of one request within a batch."""
+
+    item: Item
+    start: int
+    stop: int
+
+
+@dataclass(slots=True)
+class Batch:
+    """Parts that run together. rows: their sum (1 for a model without batch dimension)."""
+
+    parts: list[Part]
+    rows: int
+
+    @property
+    def batched(self) -> bool:
+        return self.parts[0].item.batched
+
+    def outputs_wanted(self, order: Sequence[str]) -> list[str]:
+        """The union of the outputs asked for, in graph order."""
+        wanted: set[str] = set()
+        for part in self.parts:
+            wanted.update(part.item.request.wanted)
+        return [name for name in order if name in wanted]
+
+
+class RequestQueue:
+    """Waiting rows, by group, each group a heap by (deadline, arrival)."""
+
+    def __init__(self) -> None:
+        self._groups: dict[Any, list[tuple[int, int, Item]]] = {}
+        self._order = 0
+        self.rows = 0  # waiting rows
+        self.requests = 0
+
+    def push(self, item: Item) -> None:
+        self._order += 1
+        item.order = self._order
+        self._insert(item)
+
+    def _insert(self, item: Item) -> None:
+        heapq.heappush(self._groups.setdefault(item.key, []), (item.deadline_us, item.order, item))
+        self.rows += item.rows - item.taken_rows
+        self.requests += 1
+
+    def earliest_deadline_us(self) -> int:
+        """Deadline of the most urgent waiting request; 0 when none waits."""
+        return min((heap[0][0] for heap in self._groups.values()), default=0)
+
+    def take(self, max_rows: int) -> Batch | None:
+        """The next batch: at most max_rows rows of the most urgent group, most urgent request first."""
+        if not self._groups:
+            return None
+        key = min(self._groups, key=lambda each: self._groups[each][0][:2])
+        heap = self._groups[key]
+        batch = Batch([], 0)
+        while heap:
+            item = heap[0][2]
+            left = item.rows - item.taken_rows
+            room = max_rows - batch.rows
+            if batch.parts and (left > room or not item.batched):
+                break
+            if left <= room or not item.batched:
+                heapq.heappop(heap)
+                self.requests -= 1
+            taken = min(left, room) if item.batched else 1
+            batch.parts.append(Part(item, item.taken_rows, item.taken_rows + taken))
+            item.taken_rows += taken
+            batch.rows += taken
+            self.rows -= taken
+            if batch.rows >= max_rows or not item.batched:
+                break
+        if not heap:
+            del self._groups[key]
+        return batch
+
+    def give_back(self, batch: Batch) -> None:
+        """Undo take(): its rows wait again, in their old place."""
+        for part in reversed(batch.parts):
+            item = part.item
+            still_queued = item.taken_rows < item.rows
+            item.taken_rows -= part.stop - part.start
+            if still_queued:
+                self.rows += part.stop - part.start
+            else:
+                self._insert(item)
+
+    def remove_before(self, deadline_us: int) -> list[Item]:
+        """Take out the requests whose deadline is before this time and that no batch has touched yet."""
+        removed = []
+        for key in list(self._groups):
+            heap = self._groups[key]
+            while heap and heap[0][0] < deadline_us:
+                if heap[0][2].taken_rows:  # a chunk of it runs: it is served to its end
+                    break
+                removed.append(heapq.heappop(heap)[2])
+            if not heap:
+                del self._groups[key]
+        for item in removed:
+            self.rows -= item.rows
+            self.requests -= 1
+        return removed
+
+    def drop(self, item: Item) -> None:
+        """Take out one request (its earlier chunk failed or it was cancelled); unknown ones are ignored."""
+        heap = self._groups.get(item.key, [])
+        for index, entry in enumerate(heap):
+            if entry[2] is item:
+                heap[index] = heap[-1]
+                heap.pop()
+                heapq.heapify(heap)
+                self.rows -= item.rows - item.taken_rows
+                self.requests -= 1
+                break
+        if not heap:
+            self._groups.pop(item.key, None)
+
+    def clear(self) -> list[Item]:
+        """Take out everything."""
+        items = [entry[2] for heap in self._groups.values() for entry in heap]
+        self._groups.clear()
+        self.rows = self.requests = 0
+        return items
+
+
+def split_outputs(batch: Batch, names: Sequence[str], arrays: Sequence[Array]) -> None:
+    """Put each request's rows of the outputs into its parts. Raises RunError where rows do not follow."""
+    if batch.batched:
+        for name, array in zip(names, arrays, strict=True):
+            if not array.ndim or array.shape[0] != batch.rows:
+                raise RunError(
+                    f"output {name!r} has shape {list(array.shape)} for a batch of {batch.rows} rows: the "
+                    f"model does not batch; set max_batch_size: 0"
+                )
+    at = 0
+    for part in batch.parts:
+        rows = part.stop - part.start
+        if batch.batched and len(batch.parts) > 1:
+            outputs = {name: array[at : at + rows] for name, array in zip(names, arrays, strict=True)}
+        else:
+            outputs = dict(zip(names, arrays, strict=True))
+        part.item.parts[part.start] = outputs
+        at += rows
+
+
+def assemble(item: Item) -> dict[str, Array]:
+    """The outputs that the request asked for, its chunks put together again."""
+    wanted = item.request.wanted
+    parts = [item.parts[start] for start in sorted(item.parts)]
+    if len(parts) == 1:
+        return {name: parts[0][name] for name in wanted}
+    return {name: np.concatenate([part[name] for part in parts]) for name in wanted}

@@ -1,0 +1,360 @@
+"""The arbiter's client: when a batch may run, and what happens when nobody is there to say so.
+
+    OPEN     no arbiter: batches run ungated, one running and one behind it, at the configured GPU%
+    JOINING  Join is sent, Welcome awaited: nothing new starts (bounded by Timing.welcome_us)
+    GATED    batches run under the arbiter's grants
+
+It fails open: when the socket is gone, or the arbiter does not answer a ping (stopped, hung), or work waits
+far too long without a grant. Then it reconnects, with growing pauses, by itself: a ping first, so that a
+stopped arbiter, whose socket still accepts, never holds up a batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import select
+import socket
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from dstack_backend import wire
+from dstack_backend.executor import monotonic_us
+from dstack_backend.interfaces import Listener, Permit
+from dstack_backend.stats import Stats
+
+log = logging.getLogger("dstack")
+
+OPEN, JOINING, GATED = "open", "joining", "gated"
+MAX_OUTSTANDING = 2  # one running, one behind it
+NEVER = 1 << 62
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Bounds, microseconds. A hung arbiter costs a waiting batch at most ping_after + pong_within, once."""
+
+    tick_us: int = 25_000
+    ping_after_us: int = (
+        50_000  # silence, while work waits, after which the arbiter is asked for a sign of life
+    )
+    idle_ping_after_us: int = 1_000_000  # the same while idle, so that a hang is known before work comes
+    pong_within_us: int = 150_000
+    welcome_us: int = 150_000
+    starved_after_us: int = 10_000_000  # work waits, no grant comes, though the arbiter answers
+    first_pause_us: int = 50_000
+    longest_pause_us: int = 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class _Token:
+    """What a permit stands for: a grant of one connection (epoch), or a run without the arbiter (epoch 0)."""
+
+    epoch: int
+    grant_id: int
+    lease_until_us: int
+
+
+class ArbiterGate:
+    """A gate over the arbiter's socket. `join` describes the instance. Thread-safe.
+
+    Lock order: this gate's lock, then the executor's (its callbacks run under ours).
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        join: wire.Join,
+        *,
+        stats: Stats | None = None,
+        timing: Timing = Timing(),
+        clock_us: Callable[[], int] = monotonic_us,
+    ):
+        self._path = path
+        self._join = join
+        self._timing = timing
+        self._now_us = clock_us
+        self.stats = stats or Stats()
+        self._lock = threading.RLock()
+        self._listener: Listener | None = None
+        self._state = OPEN
+        self._socket: socket.socket | None = None
+        self._epoch = 0  # of the connection in force; grows with each
+        self._outstanding = 0  # permits given to the executor and not yet done
+        self._running: tuple[Permit, int] | None = None  # the batch on the device, and when it should end
+        self._joined_running: Permit | None = None  # the ungated batch that Join told the arbiter about
+        self._reported: tuple[int, int] = (0, 0)
+        self._heard_us = self._asked_us = self._wanting_since_us = 0
+        self._closing = False
+        self._told_absent = False
+        self._wake_read, self._wake_write = os.pipe()
+        self._thread = threading.Thread(target=self._loop, name="dstack-gate", daemon=True)
+
+    # The executor's side
+
+    def start(self, listener: Listener) -> None:
+        self._listener = listener
+        self._thread.start()
+
+    def work(self) -> None:
+        """Tell the arbiter of the queue, or open the gate for a batch where there is none."""
+        with self._lock:
+            if self._state == OPEN:
+                self._open_grants()
+            elif self._state == GATED:
+                self._report()
+
+    def begin(self, permit: Permit, expected_us: int) -> bool:
+        now = self._now_us()
+        token = permit.token
+        assert isinstance(token, _Token)
+        with self._lock:
+            void = self._state == JOINING or (self._state == GATED and token.epoch != self._epoch)
+            if void or now >= token.lease_until_us:
+                return False
+            self._running = (permit, now + expected_us)
+            if token.epoch == 0:
+                self.stats.ungated_batches += 1
+            return True
+
+    def done(self, permit: Permit, rows: int, late: int, run_us: int) -> None:
+        token = permit.token
+        assert isinstance(token, _Token)
+        with self._lock:
+            self._outstanding -= 1
+            if self._running and self._running[0] is permit:
+                self._running = None
+            if self._state == GATED and token.epoch == self._epoch:
+                self._send_done(token.grant_id, rows, late, run_us)
+            elif self._state != OPEN and permit is self._joined_running:
+                self._joined_running = None
+                self._send_done(0, rows, late, run_us)
+            elif self._state == OPEN:
+                self._open_grants()
+            else:
+                self._report()
+
+    def close(self) -> None:
+        with self._lock:
+            self._closing = True
+            if self._socket and self._state == GATED:
+                self._send(wire.Leave())
+            self._drop(None)
+        with contextlib.suppress(OSError):
+            os.write(self._wake_write, b"x")
+        if self._thread.is_alive():
+            self._thread.join(2.0)
+        os.close(self._wake_write)
+        os.close(self._wake_read)
+
+    # Without the arbiter
+
+    def _open_grants(self) -> None:
+        if self._closing or self._listener is None:
+            return
+        waiting, _ = self._listener.state()
+        if waiting and self._outstanding < MAX_OUTSTANDING:
+            self._outstanding += 1
+            token = _Token(0, 0, NEVER)
+            self._listener.on_grant(Permit(self._join.batch_size, self._join.gpu_percent, token))
+
+    # To the arbiter
+
+    def _report(self) -> None:
+        """Send Work, unless the arbiter knows of all it can grant already and nothing is more urgent."""
+        assert self._listener is not None
+        waiting, deadline_us = self._listener.state()
+        known, known_deadline_us = self._reported
+        enough = MAX_OUTSTANDING * max(self._join.batch_size, 1)
+        urgent = deadline_us < known_deadline_us or not known_deadline_us
+        if (waiting, deadline_us) == self._reported or (waiting and known >= enough and not urgent):
+            return
+        self._note_report(waiting, deadline_us)
+        self._send(wire.Work(waiting, deadline_us))
+
+    def _send_done(self, grant_id: int, rows: int, late: int, run_us: int) -> None:
+        assert self._listener is not None
+        waiting, deadline_us = self._listener.state()
+        self._note_report(waiting, deadline_us)
+        self._send(wire.Done(grant_id, rows, late, min(run_us, 0xFFFFFFFF), waiting, deadline_us))
+
+    def _note_report(self, waiting: int, deadline_us: int) -> None:
+        if waiting and not self._reported[0]:
+            self._wanting_since_us = self._now_us()
+        self._reported = (waiting, deadline_us)
+
+    def _send(self, message: wire.Message) -> None:
+        if self._socket is None:
+            return
+        try:
+            self._socket.send(wire.encode(message))
+        except OSError as error:  # gone, or so far behind that its buffer is full
+            self._drop(f"sending failed: {error}")
+
+    # From the arbiter: the gate's thread
+
+    def _loop(self) -> None:
+        pause_us = self._timing.first_pause_us
+        while not self._closing:
+            if self._connect():
+                pause_us = self._timing.first_pause_us
+                self._listen()
+            if not self._closing:
+                self._sleep(pause_us)
+                pause_us = min(2 * pause_us, self._timing.longest_pause_us)
+
+    def _sleep(self, pause_us: int) -> None:
+        _readable([self._wake_read], pause_us)
+
+    def _connect(self) -> bool:
+        """Connect, see that somebody is awake there, join. True once Welcome has come."""
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            connection.setblocking(False)
+            connection.connect(str(self._path))
+            connection.send(wire.encode(wire.Ping(self._epoch)))
+            self._await(connection, wire.Pong, self._timing.pong_within_us)
+            self._send_join(connection)
+            self._await(connection, wire.Welcome, self._timing.welcome_us)
+        except (OSError, ValueError) as error:  # ValueError: a WireError, or dropped meanwhile
+            with self._lock:
+                self._fall_open(connection, f"no arbiter at {self._path} ({error})")
+            return False
+        with self._lock:
+            if self._state != JOINING:  # dropped while Welcome was on its way
+                return False
+            self._become_gated()
+        return True
+
+    def _await(self, connection: socket.socket, wanted: type, within_us: int) -> None:
+        """Receive until a message of the wanted type has come. Raises OSError, WireError."""
+        until_us = self._now_us() + within_us
+        while True:
+            left_us = until_us - self._now_us()
+            ready = _readable([connection.fileno(), self._wake_read], max(left_us, 0))
+            if self._closing:
+                raise OSError("closing")
+            if connection.fileno() not in ready:
+                raise TimeoutError(f"no {wanted.__name__} within {within_us / 1000:g} ms")
+            message = self._receive(connection)
+            if isinstance(message, wanted):
+                return
+
+    def _receive(self, connection: socket.socket) -> wire.Message:
+        packet = connection.recv(wire.MAX_MESSAGE_BYTES)
+        if not packet:
+            raise ConnectionResetError("the arbiter closed the connection")
+        message = wire.decode(packet)
+        if isinstance(message, wire.Refuse):
+            raise ConnectionRefusedError(f"refused: {message.reason}")
+        return message
+
+    def _send_join(self, connection: socket.socket) -> None:
+        """From here on nothing new starts ungated, so what Join says of the running batch stays true."""
+        with self._lock:
+            self._state = JOINING
+            join = self._join
+            if self._running:
+                permit, until_us = self._running
+                join = replace(join, running_percent=permit.gpu_percent, running_until_us=until_us)
+                self._joined_running = permit
+            self._socket = connection
+            connection.send(wire.encode(join))
+
+    def _become_gated(self) -> None:
+        self._state = GATED
+        self._epoch += 1
+        self.stats.arbiter_connects += 1
+        self.stats.gated = 1
+        self._heard_us = self._now_us()
+        self._asked_us = 0
+        self._reported = (0, 0)
+        if self._told_absent or self._epoch > 1:
+            log.info("the arbiter at %s is there: batches run under its grants", self._path)
+        self._told_absent = False
+        self._report()
+
+    def _listen(self) -> None:
+        """Handle messages until the connection ends."""
+        timing = self._timing
+        connection = self._socket
+        while connection is not None and connection is self._socket and not self._closing:
+            try:
+                if connection.fileno() in _readable([connection.fileno(), self._wake_read], timing.tick_us):
+                    self._handle(self._receive(connection))
+                else:
+                    self._check_alive()
+            except BlockingIOError:
+                continue
+            except (OSError, ValueError) as error:
+                with self._lock:
+                    if connection is self._socket:
+                        self._drop(str(error))
+
+    def _handle(self, message: wire.Message) -> None:
+        with self._lock:
+            self._heard_us = self._now_us()
+            self._asked_us = 0
+            assert self._listener is not None
+            if isinstance(message, wire.Grant):
+                self._wanting_since_us = self._heard_us
+                self._outstanding += 1
+                self.stats.grants += 1
+                token = _Token(self._epoch, message.grant_id, message.lease_until_us)
+                self._listener.on_grant(Permit(message.batch_size, message.gpu_percent, token))
+                return
+        if isinstance(message, wire.Shed):
+            self._listener.on_shed(message.deadline_before_us)
+            self.work()
+
+    def _check_alive(self) -> None:
+        """Ask for a sign of life after silence; fail open where none comes, or where work starves."""
+        with self._lock:
+            now, timing = self._now_us(), self._timing
+            waiting = self._reported[0] > 0
+            if self._asked_us:
+                if now - self._asked_us > timing.pong_within_us:
+                    self._drop("it does not answer (stopped or hung)")
+            elif now - self._heard_us > (timing.ping_after_us if waiting else timing.idle_ping_after_us):
+                self._asked_us = now
+                self._send(wire.Ping(self._epoch))
+            elif waiting and not self._outstanding and now - self._wanting_since_us > timing.starved_after_us:
+                self._drop("it grants nothing though work waits")
+
+    def _drop(self, why: str | None) -> None:
+        """End the connection and open the gate."""
+        connection, self._socket = self._socket, None
+        if connection is not None:
+            with contextlib.suppress(OSError):
+                connection.close()
+        was_gated, self._state = self._state == GATED, OPEN
+        self._joined_running = None
+        self.stats.gated = 0
+        if was_gated and why:
+            self.stats.arbiter_disconnects += 1
+            log.warning(
+                "lost the arbiter (%s): batches run ungated at %g%% until it is back",
+                why,
+                self._join.gpu_percent,
+            )
+        if not self._closing:
+            self._open_grants()
+
+    def _fall_open(self, connection: socket.socket, why: str) -> None:
+        with contextlib.suppress(OSError):
+            connection.close()
+        if not self._told_absent and not self._closing:
+            self._told_absent = True
+            log.warning("%s: batches run ungated at %g%%", why, self._join.gpu_percent)
+        self._drop(None)
+
+
+def _readable(descriptors: list[int], within_us: int) -> list[int]:
+    """Those that can be read, waiting at most within_us. (poll: descriptors may be beyond select's 1024.)"""
+    poller = select.poll()
+    for descriptor in descriptors:
+        poller.register(descriptor, select.POLLIN)
+    return [descriptor for descriptor, _ in poller.poll(within_us / 1000)]

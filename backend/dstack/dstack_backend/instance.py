@@ -1,0 +1,129 @@
+"""One model instance, put together: settings -> session -> gate -> executor. Knows no Triton."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from dstack_backend import wire
+from dstack_backend.endpoint import socket_path
+from dstack_backend.errors import BackendError, ModelError
+from dstack_backend.executor import Executor
+from dstack_backend.gate import ArbiterGate
+from dstack_backend.interfaces import Request
+from dstack_backend.runtime import CpuSession, Session, load_session
+from dstack_backend.settings import Settings, parameter_texts, parse_settings
+from dstack_backend.settings import model_path as path_of_model
+from dstack_backend.signature import Completion, check_config, complete, sample
+from dstack_backend.staging import Staging
+from dstack_backend.stats import Stats
+
+log = logging.getLogger("dstack")
+
+
+class Instance:
+    """A loaded model with its queue. Raises ModelError, DeviceError while it is made; then serves."""
+
+    def __init__(self, args: Mapping[str, str]):
+        config = json.loads(args["model_config"])
+        self.settings, warnings = parse_settings(args)
+        for warning in warnings:
+            log.warning("%s", warning)
+        settings = self.settings
+        if (config.get("model_transaction_policy") or {}).get("decoupled"):
+            raise ModelError(
+                f"model {settings.model!r}: a decoupled model cannot be served; drop model_transaction_policy"
+            )
+        self.stats = Stats()
+        self._session = load_session(
+            settings.model_path,
+            provider=settings.provider,
+            gpu_percent=settings.gpu_percent,
+            device_id=max(settings.device_id, 0),
+            **(settings.cuda if settings.provider == "cuda" else {}),
+        )
+        try:
+            check_config(config, self._session, settings.model)
+            self._executor = self._make_executor()
+            self._executor.start()
+        except BaseException:
+            self._session.close()
+            raise
+
+    def _make_executor(self) -> Executor:
+        settings = self.settings
+        return Executor(
+            self._session.run,
+            ArbiterGate(socket_path(), join_message(settings), stats=self.stats),
+            output_names=[spec.name for spec in self._session.outputs],
+            batched=settings.max_batch_size > 0,
+            batch_size=settings.batch_size,
+            slo_us=settings.slo_us,
+            reject_late=settings.reject_late,
+            prefetch=settings.prefetch,
+            staging=Staging(settings.batch_size),
+            stats=self.stats,
+            on_device_thread=lambda: warm_up(self._session, settings),
+        )
+
+    def submit(self, requests: Iterable[Request]) -> None:
+        self._executor.submit(requests)
+
+    def close(self) -> None:
+        """Answer everything accepted, stop, free the device."""
+        self._executor.close()
+        self._session.close()
+
+
+def join_message(settings: Settings) -> wire.Join:
+    """How the instance presents itself to the arbiter. Its name is unique over versions and reloads."""
+    return wire.Join(
+        model=settings.model,
+        instance=f"{settings.instance}.v{settings.version}.{os.getpid()}",
+        pid=os.getpid(),
+        gpu=settings.device_id,
+        gpu_percent=settings.gpu_percent,
+        max_batch_size=max(1, settings.max_batch_size),
+        batch_size=settings.batch_size,
+        slo_us=settings.slo_us,
+        reject_late=settings.reject_late,
+    )
+
+
+def warm_up(session: Session, settings: Settings) -> None:
+    """Prepare the device for batches up to batch_size, before the instance is ready.
+
+    On the CPU: a run of one row and one of a whole batch, where the graph fixes all other dimensions; a model
+    that does not like zeros is warmed by its first request.
+    """
+    if isinstance(session, CpuSession):
+        _warm_cpu(session, settings)
+    else:
+        session.warm_up(range(1, settings.batch_size + 1))
+
+
+def _warm_cpu(session: CpuSession, settings: Settings) -> None:
+    inputs = [spec for spec in session.inputs if not spec.optional]
+    if any(None in spec.shape[1:] or spec.dtype == "tensor(string)" for spec in inputs):
+        return
+    for rows in sorted({1, settings.batch_size}):
+        try:
+            session.run({spec.name: sample(spec, rows) for spec in inputs})
+        except BackendError as error:
+            log.info("model %r: warm-up with %d rows of zeros failed: %s", settings.model, rows, error)
+            return
+
+
+def complete_config(config: Mapping[str, Any], version_dir: Path) -> Completion:
+    """What auto-complete adds to a config, read from the model file of a version."""
+    texts, _ = parameter_texts(config, config["name"])
+    path = path_of_model(version_dir, config, texts)
+    session = load_session(path, provider="cpu", gpu_percent=1)
+    try:
+        return complete(config, session)
+    finally:
+        session.close()
