@@ -49,3 +49,7 @@ types: setup ## mypy
 .PHONY: perf-engine
 perf-engine: setup ## time of a decision and of a grant's round trip -> perf/reports/engine.json
 	$(BIN)/python perf/engine.py
+
+.PHONY: perf-h100-profiles
+perf-h100-profiles: ## on a GPU host with torch: profile eight models -> perf/reports/h100/profiles.json
+	$(PYTHON) perf/h100_profiles.py
