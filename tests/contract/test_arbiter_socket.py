@@ -18,6 +18,8 @@ import pytest
 from dstack_backend import wire
 from dstack_sched.adapters.arbiter_client import SocketArbiterClient
 from dstack_sched.adapters.arbiter_socket import FLOOD_MESSAGES_PER_S, MAX_QUEUED_PACKETS, listening
+from dstack_sched.app.timeline import read_timeline
+from dstack_sched.cli.timeline import save_timelines
 from dstack_sched.domain.decision import Decision
 from dstack_sched.domain.event import Event, PlanChanged
 from dstack_sched.domain.json_form import gpus_to_json
@@ -358,6 +360,27 @@ def test_big_answers_and_errors_reach_the_client(running: Arbiter, control: Sock
     with pytest.raises(InputError, match="capacity_percent"):
         control.request("plan", gpus={"0": {"capacity_percent": -1, "models": []}})
     assert control.request("ping")["pid"] == os.getpid()
+
+
+def test_timeline_of_the_last_seconds_is_drawn(
+    running: Arbiter, control: SocketArbiterClient, tmp_path
+) -> None:
+    works(running.path, rounds=250, model="drawn")
+    timeline = read_timeline(control, last_s=PATIENCE_S)[0]
+    assert len(timeline.batches) == 250 and timeline.lost == 0
+    assert {batch.model for batch in timeline.batches} == {"drawn"}
+    assert all(
+        batch.start_us <= batch.end_us and batch.gpu_percent == 40.0 and batch.rows == 8
+        for batch in timeline.batches
+    )
+    ((path, said),) = save_timelines(control, tmp_path / "gpu.html", last_s=PATIENCE_S)
+    page = path.read_text()
+    assert "250 batches" in said and "drawn" in page and page.startswith("<!doctype html>")
+
+
+def test_timeline_before_anything_ran_says_so(control: SocketArbiterClient, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no GPU yet"):
+        save_timelines(control, tmp_path / "gpu.html", last_s=1.0)
 
 
 def test_client_without_an_arbiter_says_so(tmp_path: Path) -> None:

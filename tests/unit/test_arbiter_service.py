@@ -284,6 +284,9 @@ def test_timeline_pages_and_what_runs() -> None:
     rest = bench.control(verb="timeline", since_seq=page["next_since"], now_us=91_000)
     assert (len(rest["rows"]), rest["more"]) == (2, False)
     assert rest["running"][0]["start_us"] == 90_000
+    late = bench.control(verb="timeline", since_us=35_000, now_us=91_000)
+    assert [row[0] for row in late["rows"]] == [4, 5]
+    assert bench.control(verb="timeline", since_us=91_000, now_us=91_000)["rows"] == []
     empty = bench.control(verb="timeline", since_seq=rest["next_since"], now_us=91_000)
     assert (empty["rows"], empty["next_since"], empty["more"]) == ([], rest["next_since"], False)
 

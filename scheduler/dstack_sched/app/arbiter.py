@@ -18,7 +18,7 @@ from typing import Any, Protocol, TypeAlias
 
 from dstack_backend import wire
 from dstack_sched.app import arbiter_view
-from dstack_sched.app.arbiter_record import PAGE_ROWS, Record
+from dstack_sched.app.arbiter_record import Record
 from dstack_sched.app.arbiter_session import EPOCH_SHIFT, ID_MASK, Gpu, Outstanding, Session
 from dstack_sched.domain import decision as decisions
 from dstack_sched.domain.event import (
@@ -299,8 +299,7 @@ class ArbiterService:
         return about | arbiter_view.status(self._gpus, self._sessions.values(), self.record, now_us)
 
     def _timeline(self, body: Mapping[str, Any], now_us: int) -> dict[str, Any]:
-        since, limit = body.get("since_seq", 0), body.get("limit", PAGE_ROWS)
-        return arbiter_view.timeline(self._gpus, self._sessions.values(), self.record, since, limit, now_us)
+        return arbiter_view.timeline(self._gpus, self._sessions.values(), self.record, body, now_us)
 
 
 def _as_running(session: Session, now_us: int) -> BackendJoined:

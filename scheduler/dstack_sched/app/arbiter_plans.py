@@ -15,6 +15,7 @@ CPU_DRIVER = "cpu"
 def send_plans(arbiter: ArbiterClient, plan: Plan, profiles: ProfileSet, workload: Workload) -> None:
     """Errors: MachineError when no arbiter answers, InputError when it refuses the plan."""
     plans = engine_plans(plan, profiles, workload)
-    if profiles.device.driver == CPU_DRIVER:  # CPU instances join as this "GPU"
-        plans = {CPU_INDEX if gpu == 0 else gpu: each for gpu, each in plans.items()}
+    if profiles.device.driver == CPU_DRIVER or CPU_INDEX in plans:
+        # The instances of a host without a GPU join as CPU_INDEX; a plan of a CPU has nothing elsewhere.
+        plans = {CPU_INDEX: plans[CPU_INDEX] if CPU_INDEX in plans else plans[0]}
     arbiter.request("plan", gpus=gpus_to_json(plans))

@@ -170,6 +170,11 @@ class Record:
             {"gpu": gpu, "model": model, "reason": reason[:200], "waited_us": waited_us, "at_us": now_us}
         )
 
+    def sequence_before(self, since_us: int) -> int:
+        """The `since_sequence` of a page that begins with what ended at since_us or later."""
+        at = bisect_left(self.intervals, since_us, key=lambda interval: interval.end_us)
+        return self.intervals[at].sequence - 1 if at < len(self.intervals) else self.next_sequence - 1
+
     def page(self, since_sequence: int, limit: int) -> dict[str, Any]:
         """Intervals with a sequence above the given one, oldest first.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from dstack_sched.app.arbiter_record import Record
+from dstack_sched.app.arbiter_record import PAGE_ROWS, Record
 from dstack_sched.app.arbiter_session import Gpu, Session
 from dstack_sched.errors import InputError
 
@@ -69,12 +69,16 @@ def timeline(
     gpus: Mapping[int, Gpu],
     sessions: Collection[Session],
     record: Record,
-    since_sequence: object,
-    limit: object,
+    asked: Mapping[str, object],
     now_us: int,
 ) -> dict[str, Any]:
-    """A page of ended intervals after a sequence number, and what runs now. Errors: InputError."""
-    since, most = _count(since_sequence, "since_seq"), _count(limit, "limit")
+    """A page of ended intervals and what runs now. asked: since_seq (after that sequence number) or since_us
+    (ended then or later), and limit. Errors: InputError."""
+    most = _count(asked, "limit", PAGE_ROWS)
+    if "since_us" in asked:
+        since = record.sequence_before(_count(asked, "since_us", 0))
+    else:
+        since = _count(asked, "since_seq", 0)
     running = [
         {
             "gpu": session.gpu,
@@ -94,7 +98,8 @@ def timeline(
     }
 
 
-def _count(value: object, name: str) -> int:
+def _count(asked: Mapping[str, object], name: str, default: int) -> int:
+    value = asked.get(name, default)
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 53:
         raise InputError(f"timeline: {name} must be a whole number from 0")
     return value

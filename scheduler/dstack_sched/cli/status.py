@@ -27,7 +27,9 @@ from dstack_sched.cli.common import (
     console,
     make_table,
     print_json,
+    say,
 )
+from dstack_sched.cli.timeline import save_timelines
 
 SAMPLE_S = 1.0
 DECISIONS_SHOWN = 10
@@ -44,12 +46,21 @@ def status(
     why: Annotated[
         bool, typer.Option("--why", help="The controller's last decisions, with reasons.")
     ] = False,
+    timeline: Annotated[
+        Path | None,
+        typer.Option("--timeline", metavar="FILE.html", help="Draw what the arbiter granted, as a chart."),
+    ] = None,
+    last: Annotated[float, typer.Option("--last", metavar="S", help="Seconds in the chart.")] = 10.0,
     json_output: JsonOption = False,
 ) -> None:
     """Each model's state, share, batch, rate and queue; what the arbiter grants; why the plan is as it is.
 
     Example: dstackctl status --watch --url 127.0.0.1:8001
     """
+    if timeline is not None:
+        for path, what in save_timelines(SocketArbiterClient(socket or socket_path()), timeline, last):
+            say(f"{path}: {what}")
+        return
     log = FileDecisionLog(state)
     with TritonClient(url) as server:
         server.require_ready()
