@@ -189,14 +189,26 @@ class _Run:
             for place in sorted(slow_ones):
                 self._measure(place, again=True)
         while wrong := self._wrong():
-            slow, fast = wrong[0]
-            del self._points[slow.gpu_percent, slow.batch_size]
+            self._settle(*wrong[0])
             self._store_points()
-            self._notes.append(
-                f"{self._profile.name}: GPU% {slow.gpu_percent:g}, batch {slow.batch_size} left out:"
-                f" {slow.latency_ms_p50:.3g} ms, slower than {fast.latency_ms_p50:.3g} ms at GPU%"
-                f" {fast.gpu_percent:g}, batch {fast.batch_size}, also when measured again; is it busy?"
+
+    def _settle(self, slow: ProfilePoint, fast: ProfilePoint) -> None:
+        """A model may truly be slower with more (a tiny one on more threads): what a smaller share does, the
+        larger one can do, so it gets that time. A smaller batch that takes longer than a larger one goes."""
+        place = (slow.gpu_percent, slow.batch_size)
+        told = (
+            f"{self._profile.name}: GPU% {slow.gpu_percent:g}, batch {slow.batch_size}:"
+            f" {slow.latency_ms_p50:.3g} ms, slower than {fast.latency_ms_p50:.3g} ms at GPU%"
+            f" {fast.gpu_percent:g}, batch {fast.batch_size}, also when measured again"
+        )
+        if slow.gpu_percent > fast.gpu_percent:
+            self._points[place] = replace(
+                slow, latency_ms_p50=fast.latency_ms_p50, latency_ms_p99=fast.latency_ms_p99
             )
+            self._notes.append(f"{told}; more GPU% does not help, it counts as the smaller share")
+        else:
+            del self._points[place]
+            self._notes.append(f"{told}; left out, is the device busy?")
 
     def _wrong(self) -> list[tuple[ProfilePoint, ProfilePoint]]:
         return non_monotone(tuple(self._points.values()))
