@@ -39,9 +39,9 @@ def plan_change(plan: ModelPlan, config: ModelConfig, gpus: int) -> ConfigChange
     """The config fields that state a model's plan.
 
     max_batch_size is the clients' and stays as found: the planned batch is our `batch_size` parameter and
-    Triton's preferred size. Without a max_batch_size in the file (it is completed from the graph, after Triton
-    has checked the file) a preferred size would be refused, so batching is left to be completed too. Values
-    that are there already, however spelled, are left alone.
+    Triton's preferred size. Without a max_batch_size in the file (it is completed from the graph, after
+    Triton has checked the file) a preferred size would be refused, so batching is left to be completed too.
+    Values that are there already, however spelled, are left alone.
     """
     wanted = {"gpu_percent": _number(plan.gpu_percent), "batch_size": str(plan.batch_size)}
     if plan.slo_ms is not None:

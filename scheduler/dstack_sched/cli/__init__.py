@@ -24,9 +24,12 @@ app = typer.Typer(
 
 # One module a verb, imported when it is asked for: `dstackctl arbiter` must not wait for cvxpy and gRPC.
 VERBS = (
+    "apply",
     "arbiter",
+    "demo",
     "plan",
     "profile",
+    "run",
     "serve",
     "status",
 )

@@ -1,0 +1,107 @@
+"""`dstackctl apply`: put a plan in force on a running Triton."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dstack_sched.adapters.plan_files import read_plan
+from dstack_sched.adapters.profile_files import read_profile_file
+from dstack_sched.adapters.triton_client import TritonClient
+from dstack_sched.cli import app
+from dstack_sched.cli.common import (
+    DEFAULT_GRPC_URL,
+    JsonOption,
+    StateOption,
+    UrlOption,
+    print_json,
+    print_table,
+    say,
+    state_dir,
+)
+from dstack_sched.cli.deployment import (
+    Deployment,
+    check_profiles,
+    demand_of,
+    model_hashes,
+    served_repository,
+    stored_profiles,
+)
+from dstack_sched.domain.change import ApplyReport
+from dstack_sched.errors import InfeasibleError
+
+
+@app.command()
+def apply(
+    plan: Annotated[
+        Path, typer.Option("--plan", metavar="FILE", help="plan.json, as `dstackctl plan --json` prints it.")
+    ],
+    state: StateOption,
+    repo: Annotated[
+        Path | None,
+        typer.Option(
+            "--repo", metavar="REPO", help="Model repository; default: what the local Triton serves."
+        ),
+    ] = None,
+    url: UrlOption = DEFAULT_GRPC_URL,
+    profiles: Annotated[
+        Path | None,
+        typer.Option(
+            "--profiles", metavar="FILE", help="Latencies for the arbiter; default: the profile store."
+        ),
+    ] = None,
+    socket: Annotated[
+        Path | None, typer.Option("--socket", metavar="PATH", help="The arbiter's socket.")
+    ] = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Rewrite config.pbtxt and reload, one model at a time, whole or not at all; then tell the arbiter.
+
+    Models that state the plan already are not touched. If one fails to load, all configs go back byte for
+    byte and the old versions serve on.
+
+    Example: dstackctl apply --plan plan.json --repo model_repository
+    """
+    state_dir(state)
+    wanted = read_plan(plan)
+    if not wanted.feasible:
+        raise InfeasibleError(
+            f"{plan}: the plan is not feasible ({'; '.join(wanted.binding)}); nothing was changed"
+        )
+    with TritonClient(url) as server:
+        server.require_ready()
+        repository = served_repository(url, repo)
+        present = [model for model in wanted.models if model in repository.models()]
+        hashes = model_hashes(repository, present) if present else {}
+        known = read_profile_file(profiles).profiles if profiles else stored_profiles(state, wanted, hashes)
+        if profiles:
+            check_profiles(known, wanted, hashes, profiles)
+        deployment = Deployment(repository, server, state, socket)
+        report = deployment.apply(wanted, known, demand_of(wanted))
+    if json_output:
+        print_json({"version": 1, "reloads": report.reloads, **asdict(report)})
+    else:
+        show(report)
+
+
+def show(report: ApplyReport) -> None:
+    """What was done for each model."""
+    print_table(
+        "applied",
+        ["model", "action", "GPU%", "batch", "load s", "old stubs gone"],
+        [
+            [
+                each.model,
+                each.action,
+                each.gpu_percent,
+                each.batch_size,
+                each.load_s or None,
+                each.old_stubs_gone,
+            ]
+            for each in report.outcomes
+        ],
+    )
+    say(f"{report.loads} of {len(report.outcomes)} models loaded; the others stated the plan already")

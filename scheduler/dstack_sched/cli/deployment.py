@@ -1,0 +1,126 @@
+"""One Triton with its repository, arbiter and profiles, wired for the verbs that change it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from dstack_backend.endpoint import socket_path
+from dstack_sched.adapters.arbiter_client import SocketArbiterClient
+from dstack_sched.adapters.clock import SystemClock
+from dstack_sched.adapters.edit_journal import FileEditJournal
+from dstack_sched.adapters.model_files import find_models
+from dstack_sched.adapters.profile_store import FileProfileStore, model_sha256
+from dstack_sched.adapters.repository import DiskRepository
+from dstack_sched.adapters.stub_processes import LocalStubProcesses
+from dstack_sched.adapters.triton_client import TritonClient
+from dstack_sched.app.apply import Applier, stated_plan
+from dstack_sched.app.arbiter_plans import send_plans
+from dstack_sched.cli.common import say
+from dstack_sched.domain.change import ApplyReport
+from dstack_sched.domain.plan import Plan
+from dstack_sched.domain.profile import Device, ProfileSet
+from dstack_sched.domain.workload import ModelDemand, Workload
+from dstack_sched.errors import InputError, MachineError
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """Where everything is. `url`: HOST:PORT of Triton's gRPC; `socket` None: the host's usual arbiter."""
+
+    repository: DiskRepository
+    server: TritonClient
+    state: Path
+    socket: Path | None = None
+
+    def apply(self, plan: Plan, profiles: ProfileSet, workload: Workload) -> ApplyReport:
+        """Finish what an earlier controller left, put the plan in force, and tell the arbiter.
+
+        Errors: InputError with all as before; MachineError while another controller is at it.
+        """
+        stubs = LocalStubProcesses(self.server.url)
+        with FileEditJournal(self.state, self.repository.root) as journal:
+            self.repository.sweep()
+            applier = Applier(self.repository, self.server, journal, stubs, SystemClock(), say)
+            for line in applier.recover():
+                say(line)
+            report = applier.apply(plan)
+        for note in report.notes:
+            say(note)
+        self.tell_arbiter(plan, profiles, workload)
+        return report
+
+    def tell_arbiter(self, plan: Plan, profiles: ProfileSet, workload: Workload) -> None:
+        """The plan as the engines take it. Without an arbiter the models run ungated: said, no error."""
+        client = SocketArbiterClient(self.socket or socket_path())
+        try:
+            send_plans(client, plan, profiles, workload)
+        except MachineError as error:
+            say(f"{error}; until then models run ungated at their GPU%")
+        finally:
+            client.close()
+
+    def stated(self, plan: Plan) -> Plan:
+        return stated_plan(self.repository, plan)
+
+
+def served_repository(url: str, named: Path | None) -> DiskRepository:
+    """The repository named, else the one that the Triton at `url` serves, if it runs on this host."""
+    if named is not None:
+        return DiskRepository(named)
+    found = LocalStubProcesses(url).repositories()
+    if len(found) != 1:
+        raise InputError(
+            f"name the repository with --repo: what Triton at {url} serves cannot be seen from here"
+        )
+    return DiskRepository(found[0])
+
+
+def demand_of(plan: Plan) -> Workload:
+    """The workload that a plan was made for, as its rows repeat it."""
+    return Workload(
+        tuple(
+            ModelDemand(name, row.slo_ms, row.rate_per_s, row.weight, row.on_late)
+            for name, row in plan.models.items()
+        )
+    )
+
+
+def model_hashes(repository: DiskRepository, models: Iterable[str]) -> dict[str, str]:
+    """Model -> sha256 of the file that is served (with its external weights)."""
+    return {model.name: model_sha256(model.path) for model in find_models([repository.root], list(models))}
+
+
+def stored_profiles(state: Path, plan: Plan, hashes: dict[str, str]) -> ProfileSet:
+    """What the profile store knows of these models on the plan's device; empty where it knows nothing.
+
+    One store may know several devices of one name (another driver, another runtime): the one with most of
+    the models is taken.
+    """
+    store = FileProfileStore(state / "profiles")
+    name = plan.gpus[0] if plan.gpus else ""
+    wanted = set(hashes.values())
+    known: dict[Device, int] = {}
+    for device, profile in store.profiles():
+        if profile.sha256 in wanted and (not name or device.name == name):
+            known[device] = known.get(device, 0) + 1
+    if not known:
+        return ProfileSet(Device(name, 1, 1, "", ""), {})
+    return store.export(max(known, key=lambda device: known[device]), hashes)
+
+
+def check_profiles(profiles: ProfileSet, plan: Plan, hashes: dict[str, str], where: Path) -> None:
+    """Errors: InputError where profiles were made on another device, or of another model file."""
+    if plan.gpus and profiles.device.name != plan.gpus[0]:
+        raise InputError(
+            f"{where}: measured on {profiles.device.name}, the plan is for {plan.gpus[0]}; "
+            "profile on the device that serves"
+        )
+    for model, sha256 in hashes.items():
+        profile = profiles.models.get(model)
+        if profile is not None and profile.sha256 and profile.sha256 != sha256:
+            raise InputError(
+                f"{where}: {model} was measured with another model file (sha256 {profile.sha256[:12]}..., "
+                f"served: {sha256[:12]}...); profile it again"
+            )
