@@ -199,7 +199,7 @@ def markdown(profiles: ProfileSet, figures: Mapping[str, Any]) -> str:
         f"Profiling all models took {timing.get('profiles_s', 0):.0f} s, side by side"
         f" {timing.get('corun_s', 0):.0f} s more; export {timing.get('export_s', 0):.0f} s.",
         "",
-        "| model | points | seconds | knee (batch) | fit error | surface | parallelism: fit / held out | MiB |",
+        "| model | points | seconds | knee (batch) | fit error | surface | parallelism fit, held out | MiB |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, row in figures["models"].items():
@@ -242,7 +242,8 @@ def markdown(profiles: ProfileSet, figures: Mapping[str, Any]) -> str:
         lines += [
             "",
             f"Interference over {found['coruns']} measurements side by side: error"
-            f" {found['error_without']['mean']:.1%} without the model, {found['error_with']['mean']:.1%} with it; exponent {found['exponent']};"
-            f" best promise {found['capacity_percent']:g}%.",
+            f" {found['error_without']['mean']:.1%} without the model and"
+            f" {found['error_with']['mean']:.1%} with it;"
+            f" exponent {found['exponent']}; best promise {found['capacity_percent']:g}%.",
         ]
     return "\n".join(lines) + "\n"
