@@ -27,7 +27,7 @@ from fakes.onnx_models import WIDTH, SlowSum, add_model
 
 MODELS = ("alpha", "beta", "gamma")
 CLIENTS_A_MODEL = 3
-ANSWER_WITHIN_S = 20.0
+ANSWER_WITHIN_S = 6.0  # what was inside a killed stub is never answered by Triton 2.51
 SLO_MS = 250.0
 
 
@@ -195,7 +195,7 @@ def stub_of(server: TritonProcess, model: str) -> psutil.Process:
     return found[0]
 
 
-def test_stub_that_dies_takes_only_what_it_ran(served) -> None:
+def test_stub_that_dies_takes_only_what_it_ran(served, tmp_path: Path) -> None:
     server, arbiter, socket, load = served
     others = [name for name in MODELS if name != "beta"]
     wait_until("all models run by grants", all_grow(lambda: grants(socket)))
@@ -208,6 +208,8 @@ def test_stub_that_dies_takes_only_what_it_ran(served) -> None:
     wait_until("the others go on by grants", all_grow(lambda: grants(socket), by=20, names=others))
     assert all(not load.failed[name] for name in others)
 
+    # Triton loads again where a file of the version is newer; a newer config of equal content is not enough.
+    (tmp_path / "repository" / "beta" / "1" / "model.onnx").touch()
     with TritonClient(server.grpc_url) as client:
         client.load("beta")
     failed_before = len(load.failed["beta"])
@@ -215,5 +217,6 @@ def test_stub_that_dies_takes_only_what_it_ran(served) -> None:
     wait_until("beta runs by grants again", all_grow(lambda: grants(socket), names=["beta"]))
     load.stop()
     assert all(not load.failed[name] for name in others)
-    assert len(load.failed["beta"]) <= failed_before + CLIENTS_A_MODEL
+    inside = len(load.failed["beta"]) - failed_before  # those that the dead stub held, one a client at most
+    assert inside <= CLIENTS_A_MODEL, load.failed["beta"]
     arbiter.end(signal.SIGTERM)
