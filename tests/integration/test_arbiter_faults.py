@@ -114,7 +114,10 @@ def served(
     )
     arbiter.client.request("plan", gpus=gpus_to_json({CPU_INDEX: PlanChanged(100.0, rows)}))
     arbiter.client.close()
-    server = triton(tmp_path / "repository", load=MODELS, env={SOCKET_VARIABLE: str(socket)})
+    quick_end = ["--exit-timeout-secs=4"]  # a dead stub holds requests that never end
+    server = triton(
+        tmp_path / "repository", load=MODELS, env={SOCKET_VARIABLE: str(socket)}, extra_args=quick_end
+    )
     load = Load(server.grpc_url, models)
     try:
         yield server, arbiter, socket, load
