@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+os.environ["OPENBLAS_NUM_THREADS"] = "1"  # small problems: threads would only disturb what is measured
 
 from dstack_sched.adapters.clock import SystemClock
 from dstack_sched.adapters.mps import MpsDaemon

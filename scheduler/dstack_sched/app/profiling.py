@@ -239,7 +239,7 @@ class _Run:
         return [place for place in self._candidates() if place not in self._points]
 
     def _error(self) -> float:
-        return surface_error(tuple(self._points.values()))
+        return surface_error(tuple(self._points.values()), complete=not self._missing())
 
     def _left_s(self) -> float:
         return self._options.time_budget_s - (self._clock.now_us() - self._started_us) / 1e6

@@ -43,14 +43,15 @@ def start_design(percents: Sequence[float], batches: Sequence[int]) -> list[Plac
     return list(dict.fromkeys(wanted))
 
 
-def surface_error(points: Sequence[ProfilePoint]) -> float:
+def surface_error(points: Sequence[ProfilePoint], *, complete: bool = False) -> float:
     """The largest relative error of the surface: at its points, and at each inner point when left out.
 
     A point is inner when the others still span its GPU% and batch size; leaving out any other asks for
     extrapolation, which planners never do. Infinite with fewer than MIN_INNER_POINTS inner points.
+    complete: no candidate is unmeasured, so only the error at the points counts.
     """
-    if len(points) < MIN_INNER_POINTS + 2:
-        return float("inf")
+    if complete and points:
+        return LatencySurface("", points).max_relative_error
     inner = [i for i in range(len(points)) if _is_inner(points, i)]
     if len(inner) < MIN_INNER_POINTS:
         return float("inf")
