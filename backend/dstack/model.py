@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,9 @@ class TritonPythonModel:
             raise pb_utils.TritonModelException(str(error)) from None
         auto_complete_model_config.set_max_batch_size(completion.max_batch_size)
         for tensor in completion.inputs:
-            auto_complete_model_config.add_input(tensor)
+            add_tensor(auto_complete_model_config.add_input, config["input"], tensor)
         for tensor in completion.outputs:
-            auto_complete_model_config.add_output(tensor)
+            add_tensor(auto_complete_model_config.add_output, config["output"], tensor)
         if completion.max_batch_size and "sequence_batching" not in config:
             auto_complete_model_config.set_dynamic_batching()
         return auto_complete_model_config
@@ -120,6 +121,16 @@ def parse_deadline_us(value: Any) -> int:
     if not 0 < deadline_us <= 1 << 52:
         raise RequestError(f"request parameter deadline_ms is {value!r}; a positive number is wanted")
     return deadline_us
+
+
+def add_tensor(
+    add: Callable[[dict[str, Any]], None], tensors: list[dict[str, Any]], tensor: dict[str, Any]
+) -> None:
+    """Add an input or output to a config; Triton's helper does not know reshape: that is set afterwards."""
+    add({key: value for key, value in tensor.items() if key != "reshape"})
+    for each in tensors:
+        if each["name"] == tensor["name"] and "reshape" in tensor:
+            each["reshape"] = tensor["reshape"]
 
 
 def version_dir() -> Path:

@@ -18,7 +18,7 @@ from dstack_backend.interfaces import Request
 from dstack_backend.runtime import CpuSession, Session, load_session
 from dstack_backend.settings import Settings, parameter_texts, parse_settings
 from dstack_backend.settings import model_path as path_of_model
-from dstack_backend.signature import Completion, check_config, complete, sample
+from dstack_backend.signature import Completion, check_config, complete, is_complete, run_scalars, sample
 from dstack_backend.staging import Staging
 from dstack_backend.stats import Stats
 
@@ -57,7 +57,7 @@ class Instance:
     def _make_executor(self) -> Executor:
         settings = self.settings
         return Executor(
-            self._session.run,
+            self._session.run if settings.max_batch_size else run_scalars(self._session),
             ArbiterGate(socket_path(), join_message(settings), stats=self.stats),
             output_names=[spec.name for spec in self._session.outputs],
             batched=settings.max_batch_size > 0,
@@ -121,6 +121,8 @@ def _warm_cpu(session: CpuSession, settings: Settings) -> None:
 def complete_config(config: Mapping[str, Any], version_dir: Path) -> Completion:
     """What auto-complete adds to a config, read from the model file of a version."""
     texts, _ = parameter_texts(config, config["name"])
+    if is_complete(config):
+        return Completion(int(config["max_batch_size"]), (), ())
     path = path_of_model(version_dir, config, texts)
     session = load_session(path, provider="cpu", gpu_percent=1)
     try:

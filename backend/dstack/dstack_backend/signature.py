@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from dstack_backend.errors import BackendError, ModelError
+from dstack_backend.interfaces import Run
 from dstack_backend.runtime import Session
 from dstack_backend.tensors import Array, TensorSpec
 
@@ -26,10 +27,11 @@ class Completion:
 
 
 def is_complete(config: Mapping[str, Any]) -> bool:
-    """True where a config names types and dims of its inputs and outputs: the graph need not be opened."""
+    """True where a config says all that auto-complete could: the graph need not be opened."""
     tensors = [*config.get("input", ()), *config.get("output", ())]
     return (
-        bool(config.get("input"))
+        int(config.get("max_batch_size", 0)) > 0
+        and bool(config.get("input"))
         and bool(config.get("output"))
         and all(each.get("dims") and each.get("data_type") != "TYPE_INVALID" for each in tensors)
     )
@@ -109,6 +111,8 @@ def _check_tensor(where: str, tensor: Mapping[str, Any], spec: TensorSpec, max_b
                 f"{' or 1' if shape[0] == 1 else ''}"
             )
         shape = shape[1:]
+    elif not shape and stated == [1]:  # a scalar: run_scalars() sees to it
+        return
     fits = len(stated) == len(shape) and all(
         want is None or have in (-1, want) for have, want in zip(stated, shape, strict=True)
     )
@@ -118,6 +122,19 @@ def _check_tensor(where: str, tensor: Mapping[str, Any], spec: TensorSpec, max_b
             f"{where}: config says dims {stated}, the graph {wanted}"
             f"{' after the batch dimension' if max_batch_size else ''}; correct dims or max_batch_size"
         )
+
+
+def run_scalars(session: Session) -> Run:
+    """session.run for a model without batch dimension. Triton knows no scalars: it carries them as [1]."""
+    scalars = [spec.name for spec in session.inputs if not spec.dims]
+    if not scalars and all(spec.dims for spec in session.outputs):
+        return session.run
+
+    def run(feeds: Mapping[str, Array], outputs: Sequence[str]) -> list[Array]:
+        shaped = {name: array.reshape(()) if name in scalars else array for name, array in feeds.items()}
+        return [array.reshape(1) if not array.ndim else array for array in session.run(shaped, outputs)]
+
+    return run
 
 
 def _offered(inputs: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
@@ -138,6 +155,10 @@ def _missing(
             continue
         dims = [-1 if dim is None else dim for dim in spec.shape[1 if max_batch_size else 0 :]]
         tensor: dict[str, Any] = {"name": spec.name, "data_type": spec.triton_dtype, "dims": dims}
+        if not dims:  # Triton has no empty dims: clients see [1]
+            tensor["dims"] = [1]
+            if max_batch_size:
+                tensor["reshape"] = {"shape": []}
         if spec.optional:
             tensor["optional"] = True
         tensors.append(tensor)
