@@ -17,7 +17,13 @@ VERSION = 1
 
 
 def commit() -> str:
-    """The commit measured, with "+changes" where tracked files differ from it; "unknown" outside of git."""
+    """The commit measured, with "+changes" where tracked files differ from it; "unknown" outside of git.
+
+    $DSTACK_COMMIT names it on a GPU host that gets the working tree without its history.
+    """
+    named = os.environ.get("DSTACK_COMMIT")
+    if named:
+        return named
     try:
         head = _git("rev-parse", "--short=12", "HEAD")
         changed = _git(
