@@ -26,6 +26,7 @@ app = typer.Typer(
 VERBS = (
     "apply",
     "arbiter",
+    "bench",
     "demo",
     "plan",
     "profile",

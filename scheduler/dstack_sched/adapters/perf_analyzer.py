@@ -1,0 +1,211 @@
+"""perf_analyzer as a load generator: a process a model, arrival times of ours, latencies from its export."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dstack_backend import synthetic
+from dstack_backend.tensors import TensorSpec
+from dstack_sched.domain.load import LoadTrace
+from dstack_sched.errors import InputError, MachineError
+
+PROGRAM = "perf_analyzer"
+ONNX_TYPES = {
+    "TYPE_BOOL": "tensor(bool)",
+    "TYPE_UINT8": "tensor(uint8)",
+    "TYPE_UINT16": "tensor(uint16)",
+    "TYPE_UINT32": "tensor(uint32)",
+    "TYPE_UINT64": "tensor(uint64)",
+    "TYPE_INT8": "tensor(int8)",
+    "TYPE_INT16": "tensor(int16)",
+    "TYPE_INT32": "tensor(int32)",
+    "TYPE_INT64": "tensor(int64)",
+    "TYPE_FP16": "tensor(float16)",
+    "TYPE_FP32": "tensor(float)",
+    "TYPE_FP64": "tensor(double)",
+    "TYPE_STRING": "tensor(string)",
+}
+THREADS = 4  # senders; each only sends, answers come in asynchronously
+
+
+def find_perf_analyzer(environ: Mapping[str, str] = os.environ) -> Path:
+    """$PERF_ANALYZER, else the one beside our Python, else the one on PATH. Errors: MachineError."""
+    named = environ.get("PERF_ANALYZER")
+    beside = Path(sys.executable).parent / PROGRAM
+    on_path = shutil.which(PROGRAM, path=environ.get("PATH"))
+    for candidate in (named, beside, on_path):
+        if candidate and os.access(candidate, os.X_OK):
+            return Path(candidate)
+    raise MachineError(
+        f"{PROGRAM} is missing: run make setup, or set PERF_ANALYZER to the program"
+        + (f" (it names {named}, which cannot be run)" if named else "")
+    )
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How requests travel. shapes: model -> input -> dimensions without the batch. data: model -> file."""
+
+    url: str
+    protocol: str = "grpc"
+    shared_memory: str = "none"
+    shapes: Mapping[str, Mapping[str, Sequence[int]]] = field(default_factory=dict)
+    data: Mapping[str, Path] = field(default_factory=dict)
+
+
+class PerfAnalyzerLoad:
+    """app.bench.LoadGenerator. A context manager: its files go, and what still runs is killed, at the end.
+
+    configs: model -> its Triton configuration in force, from which inputs are made up.
+    """
+
+    def __init__(self, program: Path, options: LoadOptions, configs: Mapping[str, Mapping[str, Any]]) -> None:
+        self._program = program
+        self._options = options
+        self._configs = configs
+        self._directory = Path(tempfile.mkdtemp(prefix="dstack-bench-"))
+        self._runs: list[PerfAnalyzerRun] = []
+        self._data = {model: self._input_data(model) for model in configs}
+
+    def __enter__(self) -> PerfAnalyzerLoad:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for run in self._runs:
+            run.kill()
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+    def start(self, model: str, intervals_us: np.ndarray) -> PerfAnalyzerRun:
+        """Send requests to `model`, one after each interval (whole microseconds, shape (requests,))."""
+        files = self._directory / f"{model}-{len(self._runs)}"
+        files.mkdir()
+        (files / "intervals").write_text("".join(f"{value}\n" for value in intervals_us.tolist()))
+        run = PerfAnalyzerRun(self._command(model, files, len(intervals_us)), files)
+        self._runs.append(run)
+        return run
+
+    def _command(self, model: str, files: Path, requests: int) -> list[str]:
+        options = self._options
+        return [
+            str(self._program), "-m", model, "-i", options.protocol, "-u", options.url, "--async",
+            "--max-threads", str(THREADS), "--shared-memory", options.shared_memory,
+            "--request-intervals", str(files / "intervals"), "--request-count", str(requests),
+            "--input-data", str(self._data[model]), "--profile-export-file", str(files / "export.json"),
+        ]  # fmt: skip
+
+    def _input_data(self, model: str) -> Path:
+        if model in self._options.data:
+            return self._options.data[model]
+        path = self._directory / f"{model}.json"
+        path.write_text(
+            json.dumps({"data": [example_request(self._configs[model], self._options.shapes.get(model, {}))]})
+        )
+        return path
+
+
+class PerfAnalyzerRun:
+    """One running perf_analyzer."""
+
+    def __init__(self, command: Sequence[str], files: Path) -> None:
+        self._files = files
+        with (files / "output").open("wb") as output:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
+            )
+
+    def wait(self, timeout_s: float) -> LoadTrace:
+        """What it did. A run that takes longer than `timeout_s` is killed."""
+        try:
+            status = self._process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            return LoadTrace.failed(f"not done within {timeout_s:.0f} s, killed")
+        if status != 0:
+            return LoadTrace.failed(why(self._files / "output", status))
+        return parse_export(self._files / "export.json")
+
+    def kill(self) -> None:
+        """End it now; safe to repeat."""
+        if self._process.poll() is None:
+            self._process.kill()
+        self._process.wait()
+
+
+def parse_export(path: Path) -> LoadTrace:
+    """The requests of a profile export (JSON), in order of sending. Errors: MachineError (other format)."""
+    try:
+        text = path.read_bytes().decode("utf-8", "replace")  # it quotes outputs as they are, tensors too
+        experiments = json.loads(text, strict=False)["experiments"]
+        pairs = [
+            (request["timestamp"], request["response_timestamps"][-1])
+            for experiment in experiments
+            for request in experiment["requests"]
+            if request["response_timestamps"]
+        ]
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise MachineError(f"{path}: not a perf_analyzer profile export ({str(error)[:80]})") from error
+    times = np.array(sorted(pairs), dtype=np.int64).reshape(-1, 2)
+    return LoadTrace(sent_s=times[:, 0] / 1e9, latency_ms=(times[:, 1] - times[:, 0]) / 1e6)
+
+
+def why(output: Path, status: int) -> str:
+    """The first error that perf_analyzer printed; it prints one line a type warning, which say nothing."""
+    lines = output.read_text(errors="replace").splitlines()
+    for line in lines:
+        match = re.match(r"\s*Thread \[\d+\] had error: (?P<message>.+)", line)
+        if match:
+            return match.group("message").strip()
+    said = [line.strip() for line in lines if line.strip() and not line.startswith(("WARNING", "***"))]
+    return f"{PROGRAM} ended with status {status}: {said[-1] if said else 'no output'}"
+
+
+def example_request(config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+    """One request for perf_analyzer's --input-data, made up as the profiler makes its inputs up.
+
+    config: Triton's model configuration. shapes: input -> dimensions without the batch, for those whose
+    dimensions are dynamic. Errors: InputError.
+    """
+    batched = config["max_batch_size"] > 0
+    specs = [input_spec(each, batched) for each in config["input"]]
+    try:
+        arrays = synthetic.feeds(specs, 1, shapes)
+    except ValueError as error:
+        raise InputError(f"{config['name']}: {error}") from error
+    return {name: encoded(array[0] if batched else array) for name, array in arrays.items()}
+
+
+def input_spec(declared: Mapping[str, Any], batched: bool) -> TensorSpec:
+    """One input of a Triton configuration as the backend describes it, batch dimension in front."""
+    if declared["data_type"] not in ONNX_TYPES:
+        raise InputError(
+            f"input {declared['name']!r}: cannot make up {declared['data_type']} data; give --input-data"
+        )
+    dims = tuple(int(dim) if int(dim) >= 0 else None for dim in declared["dims"])
+    return TensorSpec(
+        declared["name"],
+        ONNX_TYPES[declared["data_type"]],
+        (None, *dims) if batched else dims,
+        optional=bool(declared.get("optional")),
+    )
+
+
+def encoded(array: np.ndarray) -> dict[str, Any]:
+    """One tensor in perf_analyzer's JSON: raw bytes in base64, strings as they are."""
+    shape = list(array.shape)
+    if array.dtype == np.object_:
+        return {"content": [str(each) for each in array.ravel()], "shape": shape}
+    raw = np.ascontiguousarray(array).tobytes()
+    return {"b64": base64.b64encode(raw).decode(), "shape": shape}
