@@ -11,6 +11,7 @@ from dstack_sched.domain.profile import ProfilePoint
 from dstack_sched.policy.latency import LatencySurface
 from dstack_sched.policy.sampling import (
     corun_design,
+    decisive_places,
     next_place,
     prediction_spread,
     start_design,
@@ -91,7 +92,7 @@ def test_the_most_doubtful_place_is_where_the_predictors_disagree() -> None:
     assert (spread >= 0).all()
     chosen = next_place(points, places, (), 132)
     assert chosen is not None
-    assert chosen[0] in open_places
+    assert chosen in open_places
 
 
 def test_the_best_efficacy_is_measured_before_doubts_are_settled() -> None:
@@ -99,9 +100,10 @@ def test_the_best_efficacy_is_measured_before_doubts_are_settled() -> None:
     points = measured(smooth, start_design(PERCENTS, BATCHES))
     best = max(places, key=lambda x: x[1] / (x[0] * smooth(*x) ** 2))
     assert best not in start_design(PERCENTS, BATCHES)
-    chosen = next_place(points, places, (), 132)
-    assert chosen is not None
-    assert chosen[0] == best
+    decisive = decisive_places(points, places)
+    assert best in decisive
+    assert next_place(points, places, (), 132) == decisive[0]
+    assert not set(decisive) & set(start_design(PERCENTS, BATCHES)), "measured ones are settled"
 
 
 def test_nothing_is_left_when_all_is_measured() -> None:
@@ -119,7 +121,7 @@ def test_following_the_choices_finds_the_surface(surface) -> None:
         chosen = next_place(points, places, (), 132)
         if chosen is None:
             break
-        points += measured(surface, [chosen[0]])
+        points += measured(surface, [chosen])
     assert len(points) <= (8 if surface is smooth else len(places))
     found = LatencySurface("m", points)
     p, b = np.array(places).T

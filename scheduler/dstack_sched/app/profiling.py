@@ -16,14 +16,22 @@ from dstack_sched.domain.profile import CorunPoint, Device, Knee, LatencyFit, Mo
 from dstack_sched.errors import InputError
 from dstack_sched.policy.knee import knee_percent
 from dstack_sched.policy.latency import LatencySurface, fit_profile
-from dstack_sched.policy.sampling import CORUN_PERCENTS, Place, next_place, start_design, surface_error
+from dstack_sched.policy.sampling import (
+    CORUN_PERCENTS,
+    Place,
+    decisive_places,
+    next_place,
+    start_design,
+    surface_error,
+)
 from dstack_sched.ports import Clock, LatencyProbe, ProfileStore
 
 KNEE_BATCH = 16
 REPEAT_ROUNDS = 4
+GOOD_PREDICTIONS = 8  # in a row, each made before its point was measured
 CPU_BATCHES = (1, 2, 4, 8)
 GPU_BATCHES = (1, 2, 4, 8, 16, 32)
-GPU_PERCENTS = (10.0, 20.0, 30.0, 40.0, 60.0, 80.0, 100.0)
+GPU_PERCENTS = tuple(float(p) for p in range(10, 101, 10))
 CPU_DRIVER = "cpu"
 
 
@@ -144,17 +152,20 @@ class _Run:
         self._points = {(p.gpu_percent, p.batch_size): p for p in self._profile.points}
         self._reused = len(self._points)
         self._measured = 0
+        self._surprises: list[float] = []
         self._notes: list[str] = []
         self.percents = options.percents or candidate_percents(self.device)
         self._batches = options.batches or candidate_batches(self.device)
 
     def done(self) -> bool:
-        """Whether the points are good enough and reach to the largest batch, or nothing is left."""
-        if self._options.exhaustive:
+        """Whether the surface is known well, to the largest batch, and the points that plans would be made of
+        are measured; or nothing is left to measure."""
+        if self._options.exhaustive or not self._missing():
             return not self._missing()
         reached = max((batch for _, batch in self._points), default=0)
-        good = reached >= self._batches[-1] and self._error() <= self._options.target_error
-        return good or not self._missing()
+        if reached < self._batches[-1] or self._error() > self._options.target_error:
+            return False
+        return not decisive_places(tuple(self._points.values()), self._candidates())
 
     def measure_start(self) -> None:
         """The start design, cheapest place first; batches that take too long or do not fit are dropped."""
@@ -174,10 +185,10 @@ class _Run:
                 self._measure(self._missing()[0])
                 continue
             points = tuple(self._points.values())
-            chosen = next_place(points, self._candidates(), self._kernels, self.device.sms)
-            if chosen is None:
+            place = next_place(points, self._candidates(), self._kernels, self.device.sms)
+            if place is None:
                 return
-            self._measure(chosen[0])
+            self._measure_and_learn(place)
 
     def repair(self) -> None:
         """Measure points again that break the order of latencies: what disturbs only ever adds, so the faster
@@ -238,8 +249,18 @@ class _Run:
     def _missing(self) -> list[Place]:
         return [place for place in self._candidates() if place not in self._points]
 
+    def _measure_and_learn(self, place: Place) -> None:
+        """Measure a place, and keep how far the surface was off before it knew."""
+        expected_ms = float(LatencySurface("", tuple(self._points.values())).latency_ms(*place))
+        self._measure(place)
+        if place in self._points:
+            self._surprises.append(abs(expected_ms / self._points[place].latency_ms_p50 - 1.0))
+
     def _error(self) -> float:
-        return surface_error(tuple(self._points.values()), complete=not self._missing())
+        """Of the surface as it stands; a run of good predictions counts more than one bad point left out."""
+        error = surface_error(tuple(self._points.values()), complete=not self._missing())
+        recent = self._surprises[-GOOD_PREDICTIONS:]
+        return min(error, max(recent)) if len(recent) == GOOD_PREDICTIONS else error
 
     def _left_s(self) -> float:
         return self._options.time_budget_s - (self._clock.now_us() - self._started_us) / 1e6

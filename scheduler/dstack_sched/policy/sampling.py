@@ -2,8 +2,8 @@
 
 Three predictors that err in different ways look at the points measured so far: the four-term posynomial, the
 interpolation of the points in log space, and the parallelism model where the graph is known. Where they
-disagree, the surface is unsure, and that is where to measure next; before that, the point that would be
-chosen for its efficacy is measured itself. How good the surface is, is told by leaving each point out.
+disagree, the surface is unsure, and that is where to measure next; before that, the points that plans would
+be made of are measured themselves. How good the surface is, is told by leaving each point out.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from dstack_sched.policy.monotone import Array
 from dstack_sched.policy.parallelism import MIN_POINTS, fit_parallelism
 
 MIN_INNER_POINTS = 2
+LIMITS = (1.25, 2.0, 4.0, 8.0, 16.0, float("inf"))
+EFFICACY_MARGIN = 0.05
 CORUN_PERCENTS = (25.0, 50.0, 70.0, 100.0)
 Place = tuple[float, int]
 
@@ -63,25 +65,41 @@ def surface_error(points: Sequence[ProfilePoint], *, complete: bool = False) -> 
     return max(errors)
 
 
+def decisive_places(points: Sequence[ProfilePoint], candidates: Sequence[Place]) -> list[Place]:
+    """The unmeasured candidates that plans may be made of, the most promising first.
+
+    For each latency limit (LIMITS times the fastest run): the candidate of greatest predicted efficacy
+    b / (p f^2) within it, and those that come within EFFICACY_MARGIN of it.
+    """
+    measured = {(point.gpu_percent, point.batch_size) for point in points}
+    p, b = (np.array(column, np.float64) for column in zip(*candidates, strict=True))
+    latency_ms = LatencySurface("", points).latency_ms(p, b)
+    efficacy = b / (p * latency_ms**2)
+    promise = np.zeros(len(candidates))
+    for limit in LIMITS:
+        within = latency_ms <= limit * latency_ms.min()
+        promise = np.maximum(promise, np.where(within, efficacy / efficacy[within].max(), 0.0))
+    wanted = [i for i in np.argsort(-promise, kind="stable") if promise[i] >= 1.0 - EFFICACY_MARGIN]
+    return [candidates[i] for i in wanted if candidates[i] not in measured]
+
+
 def next_place(
     points: Sequence[ProfilePoint], candidates: Iterable[Place], kernels: Sequence[KernelWork], sms: int
-) -> tuple[Place, float] | None:
-    """The candidate to measure next with the spread of its predictions (largest / smallest - 1).
+) -> Place | None:
+    """The candidate to measure next; None when all are measured.
 
-    None when all candidates are measured. The place of greatest predicted efficacy goes first: it is the one
-    that plans are made of. points: at least MIN_POINTS. kernels may be empty; sms: of the device.
+    A decisive place first; else where the predictors disagree most. points: at least MIN_POINTS. kernels may
+    be empty; sms: of the device.
     """
     measured = {(point.gpu_percent, point.batch_size) for point in points}
     everything = list(candidates)
     open_places = [place for place in everything if place not in measured]
     if not open_places:
         return None
-    spread = prediction_spread(points, open_places, kernels, sms)
-    surface = LatencySurface("", points)
-    p, b = (np.array(column, np.float64) for column in zip(*everything, strict=True))
-    best = everything[int(np.argmax(b / (p * surface.latency_ms(p, b) ** 2)))]
-    chosen = open_places.index(best) if best in open_places else int(np.argmax(spread))
-    return open_places[chosen], float(spread[chosen])
+    decisive = decisive_places(points, everything)
+    if decisive:
+        return decisive[0]
+    return open_places[int(np.argmax(prediction_spread(points, open_places, kernels, sms)))]
 
 
 def prediction_spread(
