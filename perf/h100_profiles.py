@@ -32,6 +32,7 @@ from dstack_sched.adapters.probe import CorunSeat, ModelProbe, ProbeSettings, me
 from dstack_sched.adapters.profile_files import profiles_json, read_profiles, write_profiles
 from dstack_sched.adapters.profile_store import FileProfileStore, model_sha256
 from dstack_sched.app.profiling import (
+    GPU_BATCHES,
     ProfilingOptions,
     ProfilingResult,
     candidate_batches,
@@ -147,6 +148,8 @@ class Study:
         exhaustive: bool = False,
     ) -> ProfilingResult | None:
         budget = self.left_s() if exhaustive else min(MODEL_BUDGET_S, self.left_s())
+        if settings.provider == "cuda":
+            settings = replace(settings, warm_up=self.options.batches or GPU_BATCHES)
         try:
             self.kernels[name] = self.kernels.get(name) or read_kernels(self.path(name))
             with ModelProbe(self.path(name), settings) as probe:

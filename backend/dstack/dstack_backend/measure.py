@@ -210,6 +210,14 @@ def parse_shape(text: str) -> tuple[str, tuple[int, ...]]:
     return name, shape
 
 
+def parse_sizes(text: str) -> tuple[int, ...]:
+    """B1,B2,...: batch sizes to prepare while loading, beside other workers that do the same."""
+    try:
+        return tuple(int(size) for size in text.split(",") if size)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text}: wanted B1,B2,... with whole numbers") from None
+
+
 def serve(worker: Worker, commands: TextIO, answers: TextIO) -> None:
     """Answer commands until `exit` or the end of the input; while a loop is on, run it in between."""
     lines: queue.SimpleQueue[str] = queue.SimpleQueue()
@@ -247,6 +255,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--gpu-percent", type=float, default=100.0)
     parser.add_argument("--device-id", type=int, default=0)
     parser.add_argument("--shape", type=parse_shape, action="append", default=[], metavar="NAME:D1,D2,...")
+    parser.add_argument("--warm-up", type=parse_sizes, default=(), metavar="B1,B2,...")
     options = parser.parse_args(arguments)
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # libraries that print must not break the protocol
@@ -262,6 +271,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             gpu_percent=options.gpu_percent,
             device_id=options.device_id,
         )
+        session.warm_up(options.warm_up)
         holds = partial(memory_bytes, options.provider, options.device_id)
         used = partial(device_used_bytes, options.provider, options.device_id)
         worker = Worker(session, dict(options.shape), holds, used)
