@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -48,7 +48,7 @@ class PlanOptions:
     minimize_gpus: bool = False
     maximize_headroom: bool = False
     capacity_percent: float | None = None
-    time_limit_s: float = 4.0
+    time_limit_s: float = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,13 +144,13 @@ def _joint_plan(case: _Case) -> Plan:
         plan = found[1] if found else None
         if found:
             setting = replace(setting, gpus=found[0])
-        scale = largest_scale(case.tasks, setting)
+        scale = largest_scale(case.tasks, setting, plan)
     elif case.options.maximize_headroom:
         scale = largest_scale(case.tasks, setting)
         plan = scale.plan if scale.factor >= 1 else None
     else:
         plan = solve_joint(case.tasks, setting)
-        scale = largest_scale(case.tasks, setting)
+        scale = largest_scale(case.tasks, setting, plan)
     if plan is None and scale.factor >= 1:
         plan = scale.plan
     if plan is not None:
@@ -234,9 +234,8 @@ def _queue_delay_us(b: int, rate_per_s: float, latency_ms: float, slo_ms: float 
 
 def _efficacy_plan(case: _Case) -> Plan:
     """Each model at its own best (p, b); the most demanding placed first, where there is least demand."""
-    load = [0.0] * case.options.gpus
-    placed, binding, worst = [], [], 0.0
-    capacity = case.capacities[-1]
+    gpus, capacity = case.options.gpus, case.capacities[-1]
+    binding: list[str] = []
     chosen: list[tuple[JointTask, Candidate]] = []
     for task in case.tasks:
         try:
@@ -248,21 +247,29 @@ def _efficacy_plan(case: _Case) -> Plan:
         binding += [f"{task.name}: {name}" for name in best.binding]
         point = (best.gpu_percent, best.batch_size, 1)
         chosen.append((task, candidate(task, case.interference, capacity, point, alone=True)))
+    load = [0.0] * gpus
+    where: dict[str, int] = {}
     for task, item in sorted(chosen, key=lambda x: -x[1].demand_percent):
-        gpu = load.index(min(load))
-        load[gpu] += item.demand_percent
-        placed.append(Placed(task, ((gpu, item),)))
-        worst = max(worst, item.utilization)
-    placed.sort(key=lambda x: [t.name for t in case.tasks].index(x.task.name))
-    factor = 1.0 / max(worst, max(load) / capacity) if worst > 0 else math.inf
-    plan = JointPlan(capacity, tuple(placed), sum(load), 0.0)
+        where[task.name] = load.index(min(load))
+        load[where[task.name]] += item.demand_percent
+    placed = tuple(Placed(task, ((where[task.name], item),)) for task, item in chosen)
+    plan = JointPlan(capacity, placed, sum(load), 0.0, math.inf, ())
+    full: dict[str, float] = {}
+    busy = [0.0] * gpus
+    for task, item in chosen:
+        gpu = where[task.name]
+        if task.slo_ms is not None:
+            latency_ms = _beside(case, plan, gpu, (task, item))
+            used = task.rate_per_s * latency_ms / item.batch_size / 1000.0
+            full[f"{task.name}: throughput at {item.gpu_percent:g}%, b={item.batch_size}"] = used
+            busy[gpu] += used * item.gpu_percent / capacity
+            full[f"{task.name}: capacity of gpu {gpu} ({capacity:g}%)"] = busy[gpu]
+    top = max(full.values(), default=0.0)
+    factor = 1.0 / top if top > 0 else math.inf
     limits = tuple(binding)
     if factor < 1:
-        hot = max(chosen, key=lambda x: max(x[1].utilization, x[1].demand_percent / capacity))[0].name
-        limits = (f"{hot}: asks more than its GPU% and batch size of greatest efficacy give", *limits)
-    return _plan(
-        case, plan, case.options.gpus, Scale(factor, plan, limits), feasible=factor >= 1, rate_scale=factor
-    )
+        limits = (max(full, key=lambda line: full[line]), *limits)
+    return _plan(case, plan, gpus, Scale(factor, plan, limits), feasible=factor >= 1, rate_scale=factor)
 
 
 def _nothing(case: _Case, reason: str) -> Plan:
@@ -313,11 +320,6 @@ def _floor(value: float) -> float:
         return value
     unit = 10.0 ** (math.floor(math.log10(value)) - 2)
     return round(math.floor(value / unit + 1e-9) * unit, 12)
-
-
-def gpus_used(plan: Plan) -> Sequence[int]:
-    """Indices of the GPUs that run something."""
-    return sorted({replica.gpu for row in plan.models.values() for replica in row.replicas})
 
 
 def explain_plan(

@@ -13,12 +13,16 @@ from dataclasses import dataclass, replace
 
 from dstack_sched.policy.candidates import Candidate, JointTask, candidates
 from dstack_sched.policy.interference import Interference
-from dstack_sched.policy.joint_model import Answer, Goal, JointModel, Limits
+from dstack_sched.policy.joint_model import JointModel
+from dstack_sched.policy.joint_pool import solve_pooled
+from dstack_sched.policy.joint_rows import Answer, Limits
 
 MAX_MPS_CLIENTS = 48
-_COLUMN_BUDGET = 5000
-_SCALE_ROUNDS = 12
-_SCALE_TOLERANCE = 1e-3
+# Up to this many replica columns (candidates x GPUs) the program is solved in full, beyond it pooled.
+_FULL_COLUMNS = 200
+_POOL_COLUMNS = 900
+_FULL_ROUNDS, _POOL_ROUNDS, _ONE_GPU_ROUNDS = 12, 8, 16
+_LEAST_SCALE = 1e-3
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +35,8 @@ class JointSetting:
     interference: Interference
     capacities: tuple[float, ...] = (100.0,)
     max_clients: int = MAX_MPS_CLIENTS
-    gap: float = 1e-4
-    time_limit_s: float = 4.0
+    gap: float = 1e-3
+    time_limit_s: float = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,54 +50,77 @@ class Placed:
 @dataclass(frozen=True, slots=True)
 class JointPlan:
     """A plan that fits. demand_percent: weighted demand over all GPUs in percent of one; gap: proven relative
-    distance from the best over the candidates; 0.0 when optimal within the setting's gap."""
+    distance from the best over the candidates at this capacity, 0.0 when optimal within the setting's gap.
+    growth: the factor by which all rates can grow with the plan as it is; limits: what stops them there."""
 
     capacity_percent: float
     placed: tuple[Placed, ...]
     demand_percent: float
     gap: float
+    growth: float
+    limits: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """The largest factor on all rates that fits, and a plan for the rates times it. `limits`: what stops it
-    from growing, one line each. Factor 0 without a plan when nothing fits at any rate."""
+    """The largest factor on all rates that fits, within `_tolerance`, and a plan for the rates times it.
+    `limits`: what stops it from growing, one line each. Factor 0 without a plan: nothing fits at any rate."""
 
     factor: float
     plan: JointPlan | None
     limits: tuple[str, ...]
 
 
-def solve_joint(tasks: Sequence[JointTask], setting: JointSetting) -> JointPlan | None:
+def solve_joint(
+    tasks: Sequence[JointTask], setting: JointSetting, rate_scale: float = 1.0, *, prove: bool = True
+) -> JointPlan | None:
     """The plan of least weighted demand at the smallest capacity that fits; None when none was found."""
     for capacity in setting.capacities:
-        found = _at(tasks, setting, capacity, "demand", 1.0)
-        if found is not None and found[1].chosen:
-            model, answer = found
-            gap = 0.0 if answer.status == "optimal" else _relative(answer.value, answer.bound)
-            return _plan(model, answer, capacity, gap)
+        found = _fit(tasks, setting, capacity, rate_scale, prove=prove)
+        if found is not None:
+            return found
     return None
 
 
-def largest_scale(tasks: Sequence[JointTask], setting: JointSetting) -> Scale:
+def largest_scale(tasks: Sequence[JointTask], setting: JointSetting, known: JointPlan | None = None) -> Scale:
     """Largest s such that the rates times s fit, over all capacities and candidates.
 
-    For fixed candidates the program is linear in t = 1/s. Candidates themselves depend on s (at a higher rate
-    a batch fills sooner), so s and the candidates are improved in turn until s stands still.
+    A plan in hand (`known`, for s = 1) grows until one of its limits is met: growth shortens assembly and so
+    breaks no other limit. From there s is doubled while plans are found, then halved in.
     """
-    best = Scale(0.0, None, ())
-    for capacity in setting.capacities:
-        found = _scale_at(tasks, setting, capacity)
-        if found.factor > best.factor * (1 + _SCALE_TOLERANCE) or best.plan is None:
-            best = found if found.factor > 0 or not best.limits else best
+    if all(task.rate_per_s == 0 or task.slo_ms is None for task in tasks):
+        plan = known or solve_joint(tasks, setting)
+        return Scale(math.inf if plan else 0.0, plan, ())
+    tolerance = _tolerance(len(tasks) * setting.gpus)
+    setting = replace(setting, gap=max(setting.gap, tolerance / 2))
+    best = Scale(known.growth, known, known.limits) if known is not None else Scale(0.0, None, ())
+    scale, fails = 1.0, math.inf
+    while scale > _LEAST_SCALE and fails > best.factor * (1 + tolerance):
+        if best.plan is not None:
+            scale = min(2.0 * best.factor, math.sqrt(best.factor * fails))
+        found = solve_joint(tasks, setting, scale, prove=False)
+        if found is not None:
+            best = Scale(scale * found.growth, found, found.limits)
+            # What fits at a rate fits at no lower capacity at a higher one: stop trying those that failed.
+            setting = replace(
+                setting, capacities=tuple(c for c in setting.capacities if c >= found.capacity_percent)
+            )
+        else:
+            fails = scale
+            scale /= 2.0
     return best
+
+
+def _tolerance(cells: int) -> float:
+    """How closely the largest scale is searched for, by size of the program (models x GPUs)."""
+    return 0.01 if cells <= 12 else 0.02 if cells <= 100 else 0.05
 
 
 def fewest_gpus(tasks: Sequence[JointTask], setting: JointSetting) -> tuple[int, JointPlan] | None:
     """The smallest number of GPUs, at most setting.gpus, with a plan of least demand on them; or None."""
     top = setting.capacities[-1]
     least = 1
-    options = _options(tasks, replace(setting, capacities=(top,)), top, 1.0)
+    options = _options(tasks, setting, top, 1.0)
     if options is not None:
         demand = sum(min(c.demand_percent * c.replicas for c in items) for items in options)
         memory = sum(task.memory_bytes for task in tasks)
@@ -112,15 +139,14 @@ def fewest_gpus(tasks: Sequence[JointTask], setting: JointSetting) -> tuple[int,
 
 def why_not(tasks: Sequence[JointTask], setting: JointSetting) -> str:
     """The limit that keeps every plan out, whatever the rates: found by leaving one limit out at a time."""
-    capacity = setting.capacities[-1]
-    slow = [t.name for t in tasks if not _candidates_of(t, setting, capacity, 1.0, 12)]
+    capacity = setting.capacities[0]
+    slow = [t.name for t in tasks if not _candidates_of(t, setting, capacity, _LEAST_SCALE, 12)]
     if slow:
         return f"{slow[0]}: no GPU% and batch size keep its SLO beside the other models"
     for limit, text in (("memory", _memory_line), ("clients", _clients_line), ("wait", _wait_line)):
-        found = _at(tasks, setting, capacity, "headroom", 1.0, frozenset({limit}))
-        if found is not None and found[1].chosen:
+        if _fit(tasks, setting, capacity, _LEAST_SCALE, frozenset({limit})) is not None:
             return text(tasks, setting)
-    return "memory, MPS clients and waiting for co-runners together leave no room"
+    return f"{tasks[0].name}: memory, MPS clients and waiting for co-runners together leave no room"
 
 
 def _memory_line(tasks: Sequence[JointTask], setting: JointSetting) -> str:
@@ -134,7 +160,10 @@ def _memory_line(tasks: Sequence[JointTask], setting: JointSetting) -> str:
 
 
 def _clients_line(tasks: Sequence[JointTask], setting: JointSetting) -> str:
-    return f"{tasks[-1].name}: MPS clients: {len(tasks)} models, {setting.max_clients} clients a GPU at most"
+    return (
+        f"{tasks[-1].name}: MPS clients: {len(tasks)} models on {setting.gpus} GPU(s), "
+        f"{setting.max_clients} clients a GPU at most"
+    )
 
 
 def _wait_line(tasks: Sequence[JointTask], setting: JointSetting) -> str:
@@ -159,85 +188,79 @@ def _candidates_of(
 def _options(
     tasks: Sequence[JointTask], setting: JointSetting, capacity: float, rate_scale: float
 ) -> list[tuple[Candidate, ...]] | None:
-    """Candidates of every task, fewer a model the larger the program; None when some task has none."""
-    limit = max(5, min(24, _COLUMN_BUDGET // max(1, len(tasks) * setting.gpus)))
+    """Candidates of every task, fewer a model the more models there are; None when some task has none."""
+    limit = max(8, min(24, _POOL_COLUMNS // len(tasks)))
     found = []
     for task in tasks:
         items = _candidates_of(task, setting, capacity, rate_scale, limit)
-        if setting.gpus < len(tasks) and len(tasks) > 4 * setting.gpus:
-            # With many models a GPU nobody can have one alone, unless it has no other way.
-            items = tuple(c for c in items if not c.alone) or items
+        if setting.gpus == 1 and len(tasks) > 1:
+            items = tuple(c for c in items if not c.alone)
         if not items:
             return None
         found.append(items)
     return found
 
 
-def _at(
+def _fit(
     tasks: Sequence[JointTask],
     setting: JointSetting,
     capacity: float,
-    goal: Goal,
     rate_scale: float,
     relaxed: frozenset[str] = frozenset(),
-) -> tuple[JointModel, Answer] | None:
+    *,
+    prove: bool = True,
+) -> JointPlan | None:
+    """The plan of least weighted demand at one capacity for the rates times rate_scale."""
     options = _options(tasks, setting, capacity, rate_scale)
     if options is None:
         return None
     limits = Limits(setting.gpus, capacity, setting.memory_bytes, setting.max_clients, relaxed)
-    model = JointModel(tasks, options, limits)
-    return model, model.solve(goal, gap=setting.gap, time_limit_s=setting.time_limit_s)
-
-
-def _scale_at(tasks: Sequence[JointTask], setting: JointSetting, capacity: float) -> Scale:
-    best = Scale(0.0, None, ())
-    scale = 1.0
-    for _ in range(_SCALE_ROUNDS):
-        found = _at(tasks, setting, capacity, "headroom", scale)
-        if found is None or not found[1].chosen:
-            scale /= 2.0
-            if best.plan is not None or scale < 1e-3:
-                break
-            continue
-        model, answer = found
-        reached = scale / max(answer.value, 1e-9)
-        # The candidates were made for `scale`: at lower rates their batches fill more slowly than assumed.
-        fits = reached if reached >= scale else 0.0
-        if fits > best.factor * (1 + _SCALE_TOLERANCE):
-            best = Scale(fits, _plan(model, answer, capacity, 0.0), _tight(model, answer))
-        elif best.plan is not None:
-            break
-        scale = reached
-    return best
-
-
-def _plan(model: JointModel, answer: Answer, capacity: float, gap: float) -> JointPlan:
-    placed, demand = [], 0.0
-    for m, task in enumerate(model.tasks):
-        on = tuple(
-            (g, model.options[m][k]) for i, k, g in sorted(answer.chosen, key=lambda c: c[2]) if i == m
+    gap, time_limit_s = setting.gap, setting.time_limit_s
+    if sum(map(len, options)) * setting.gpus <= _FULL_COLUMNS:
+        model = JointModel(tasks, options, limits, _FULL_ROUNDS)
+        answer = model.solve(gap=gap, time_limit_s=time_limit_s)
+    else:
+        answer = solve_pooled(
+            tasks,
+            options,
+            limits,
+            rounds=_POOL_ROUNDS if setting.gpus > 1 else _ONE_GPU_ROUNDS,
+            gap=gap,
+            time_limit_s=time_limit_s,
+            prove=prove,
         )
+    return _plan(tasks, options, answer, limits) if answer.chosen else None
+
+
+def _plan(
+    tasks: Sequence[JointTask], options: Sequence[Sequence[Candidate]], answer: Answer, limits: Limits
+) -> JointPlan:
+    placed, demand = [], 0.0
+    for m, task in enumerate(tasks):
+        on = tuple((g, options[m][k]) for i, k, g in sorted(answer.chosen, key=lambda c: c[2]) if i == m)
         placed.append(Placed(task, on))
         demand += task.weight * sum(c.demand_percent for _, c in on)
-    return JointPlan(capacity, tuple(placed), demand, gap)
+    gap = 0.0
+    if answer.status != "optimal":
+        gap = max(0.0, 1.0 - answer.bound / answer.value) if math.isfinite(answer.bound) else 1.0
+    load = _load(placed, limits)
+    growth = 1.0 / max(load.values()) if max(load.values()) > 0 else math.inf
+    tight = tuple(line for line, part in load.items() if part * growth > 1 - 1e-3)
+    return JointPlan(limits.capacity_percent, tuple(placed), demand, gap, growth, tight)
 
 
-def _tight(model: JointModel, answer: Answer) -> tuple[str, ...]:
-    """The limits that hold with equality at the largest scale: capacity of a GPU, throughput of a model."""
-    lines = []
-    t = answer.value * (1 - 1e-3)
-    for g in range(model.limits.gpus):
-        here = [(m, model.options[m][k].demand_percent) for m, k, gpu in answer.chosen if gpu == g]
-        if here and sum(d for _, d in here) >= t * model.limits.capacity_percent:
-            name = model.tasks[max(here, key=lambda x: x[1])[0]].name
-            lines.append(f"capacity: gpu {g} ({model.limits.capacity_percent:g}%), most of it {name}")
-    for m, k, g in answer.chosen:
-        if model.options[m][k].utilization >= t:
-            lines.append(f"throughput: {model.tasks[m].name} on gpu {g} runs back to back")
-    return tuple(lines)
-
-
-def _relative(value: float, bound: float) -> float:
-    if not math.isfinite(bound):
-        return math.inf
-    return max(0.0, (value - bound) / abs(value)) if value else 0.0
+def _load(placed: Sequence[Placed], limits: Limits) -> dict[str, float]:
+    """How full each limit is that grows with the rates: GPUs by demand, replicas by utilization."""
+    load: dict[str, float] = {}
+    for gpu in range(limits.gpus):
+        here = [(x.task.name, c.demand_percent) for x in placed for g, c in x.on if g == gpu]
+        if here:
+            most = max(here, key=lambda x: x[1])[0]
+            line = f"{most}: capacity of gpu {gpu} ({limits.capacity_percent:g}%), most of it taken by {most}"
+            load[line] = sum(d for _, d in here) / limits.capacity_percent
+    for x in placed:
+        for gpu, c in x.on:
+            load[f"{x.task.name}: throughput at {c.gpu_percent:g}%, b={c.batch_size} on gpu {gpu}"] = (
+                c.utilization
+            )
+    return load
