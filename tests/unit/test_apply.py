@@ -250,7 +250,8 @@ def test_a_config_changed_by_hand_after_a_crash_is_left_alone(world: World) -> N
 
 def test_two_controllers_do_not_rewrite_one_repository(world: World, tmp_path: Path) -> None:
     with (
-        FileEditJournal(tmp_path / "state", world.root), pytest.raises(MachineError, match="is rewriting it"),
+        FileEditJournal(tmp_path / "state", world.root),
+        pytest.raises(MachineError, match="is rewriting it"),
         FileEditJournal(tmp_path / "state", world.root),
     ):
         pass

@@ -75,6 +75,8 @@ def apply(
         server.require_ready()
         repository = served_repository(url, repo)
         present = [model for model in wanted.models if model in repository.models()]
+        for model in present:
+            repository.config(model)  # a config that does not parse is said with its line, before all else
         hashes = model_hashes(repository, present) if present else {}
         known = read_profile_file(profiles).profiles if profiles else stored_profiles(state, wanted, hashes)
         if profiles:

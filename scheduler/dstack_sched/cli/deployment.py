@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +43,7 @@ class Deployment:
         stubs = LocalStubProcesses(self.server.url)
         with FileEditJournal(self.state, self.repository.root) as journal:
             self.repository.sweep()
-            applier = Applier(self.repository, self.server, journal, stubs, SystemClock(), say)
+            applier = Applier(self.repository, self.server, journal, stubs, SystemClock(), say_progress)
             for line in applier.recover():
                 say(line)
             report = applier.apply(plan)
@@ -63,6 +64,12 @@ class Deployment:
 
     def stated(self, plan: Plan) -> Plan:
         return stated_plan(self.repository, plan)
+
+
+def say_progress(line: str) -> None:
+    """For people who wait: nothing where stderr is not a terminal."""
+    if sys.stderr.isatty():
+        say(line)
 
 
 def served_repository(url: str, named: Path | None) -> DiskRepository:
