@@ -26,8 +26,10 @@ app = typer.Typer(
 VERBS = (
     "apply",
     "arbiter",
+    "backend",
     "bench",
     "demo",
+    "doctor",
     "plan",
     "profile",
     "run",
