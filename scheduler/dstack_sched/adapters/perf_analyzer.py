@@ -50,7 +50,7 @@ def find_perf_analyzer(environ: Mapping[str, str] = os.environ) -> Path:
         if candidate and os.access(candidate, os.X_OK):
             return Path(candidate)
     raise MachineError(
-        f"{PROGRAM} is missing: run make setup, or set PERF_ANALYZER to the program"
+        f"{PROGRAM} is missing; run make setup, or set PERF_ANALYZER to the program"
         + (f" (it names {named}, which cannot be run)" if named else "")
     )
 

@@ -63,7 +63,7 @@ def find_binary(path: Path | None) -> Path:
         for candidate in (path, path / "bin" / "tritonserver", path / "tritonserver"):
             if candidate.is_file() and os.access(candidate, os.X_OK):
                 return candidate.resolve()
-        raise MachineError(f"--tritonserver {path}: no Triton there (expected a binary or bin/tritonserver)")
+        raise MachineError(f"--tritonserver {path}: no Triton there; give its directory or its binary")
     found = SYSTEM_INSTALL / "bin" / "tritonserver"
     if found.is_file():
         return found
@@ -117,10 +117,10 @@ def find_libpython(stub: Path, own_dirs: tuple[Path, ...] = ()) -> Path:
         if (directory / name).exists():
             return directory / name
     if sys.base_prefix == "/usr":
-        mend = f"run: apt-get install libpython{version}"
+        mend = f"run apt-get install libpython{version}"
     else:
         mend = f"use a Python {version} built with --enable-shared ({sys.base_prefix} has only the program)"
-    raise MachineError(f"{name} is missing, Triton's Python backend needs it: {mend}")
+    raise MachineError(f"{name} is missing, Triton's Python backend needs it; {mend}")
 
 
 def library_search_dirs() -> list[Path]:

@@ -101,7 +101,8 @@ def make_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]
     """The first column is left-aligned text, the others are right-aligned."""
     table = Table(title=title, title_justify="left", title_style="bold")
     for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+        text = index == 0 or any(isinstance(row[index], str) for row in rows)
+        table.add_column(column, justify="left" if text else "right", overflow="fold")
     for row in rows:
         table.add_row(*(cell(value) for value in row))
     return table
