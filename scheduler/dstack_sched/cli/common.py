@@ -98,7 +98,7 @@ def cell(value: Any) -> str:
 
 
 def make_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:
-    """The first column is left-aligned text, the others are right-aligned."""
+    """Columns of text (the first one always) are left-aligned, columns of numbers right-aligned."""
     table = Table(title=title, title_justify="left", title_style="bold")
     for index, column in enumerate(columns):
         text = index == 0 or any(isinstance(row[index], str) for row in rows)
