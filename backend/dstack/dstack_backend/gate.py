@@ -139,6 +139,8 @@ class ArbiterGate:
 
     def close(self) -> None:
         with self._lock:
+            if self._closing:
+                return
             self._closing = True
             if self._socket and self._state == GATED:
                 self._send(wire.Leave())

@@ -100,7 +100,7 @@ def parameter_texts(config: Mapping[str, Any], model: str) -> tuple[dict[str, st
             continue
         if key == key.upper():
             continue
-        close = difflib.get_close_matches(key.lower(), PARAMETERS, n=1, cutoff=0.8)
+        close = difflib.get_close_matches(key.lower(), PARAMETERS, n=1, cutoff=0.65)
         if close:
             raise ModelError(f"model {model!r}: unknown parameter {key!r}; did you mean {close[0]!r}?")
         warnings.append(f"model {model!r}: parameter {key!r} is not one of the dstack backend and is ignored")

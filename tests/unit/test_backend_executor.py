@@ -1,0 +1,305 @@
+"""The executor with a gate and a device in the test's hand."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from dstack_backend.errors import CancelledError, RejectedError, RunError
+from dstack_backend.executor import CANCEL_CHECK_AFTER_US, Executor
+from fakes.backend import PATIENCE_S, FakeDevice, FakeRequest, ManualGate
+
+
+class Rig:
+    """An executor with fakes around it, and a clock that the test advances."""
+
+    def __init__(self) -> None:
+        self.gate, self.device = ManualGate(), FakeDevice()
+        self.now_us = 1_000_000
+        self.executor: Executor | None = None
+
+    def start(self, **options) -> Executor:
+        settings = {"batched": True, "batch_size": 4, "prefetch": 64, "output_names": ["y", "z"], **options}
+        self.executor = Executor(self.device.run, self.gate, clock_us=lambda: self.now_us, **settings)
+        self.executor.start()
+        return self.executor
+
+
+@pytest.fixture
+def rig() -> Iterator[Rig]:
+    rig = Rig()
+    yield rig
+    rig.device.hold.set()
+    if rig.executor:
+        rig.executor.close(0.1)
+
+
+def doubled(*requests: FakeRequest) -> bool:
+    return all(np.array_equal(request.wait().outputs["y"], 2 * request.x) for request in requests)
+
+
+def test_nothing_runs_without_a_grant(rig: Rig) -> None:
+    executor = rig.start()
+    executor.submit([FakeRequest(1)])
+    assert executor.state()[0] == 1
+    assert rig.gate.worked == 1
+    assert rig.device.batches == []
+
+
+def test_a_batch_is_made_when_the_grant_comes(rig: Rig) -> None:
+    """What arrived between the request for a grant and the grant is in the batch."""
+    executor = rig.start()
+    first, second = FakeRequest(1), FakeRequest([2, 3])
+    executor.submit([first])
+    executor.submit([second])
+    rig.gate.grant(4)
+    assert doubled(first, second)
+    assert [batch.ravel().tolist() for batch in rig.device.batches] == [[1, 2, 3]]
+    assert rig.gate.wait_done(1) == [3]
+
+
+def test_a_chained_batch_is_not_made_before_its_turn_unless_it_is_full(rig: Rig) -> None:
+    executor = rig.start()
+    rig.device.hold.clear()
+    requests = [FakeRequest(number) for number in range(1, 5)]
+    executor.submit(requests[:1])
+    rig.gate.grant(1)
+    rig.device.wait_running()
+    executor.submit(requests[1:2])
+    rig.gate.grant(4)
+    executor.submit(requests[2:])
+    assert executor.state()[0] == 3  # still in the queue: the batch is not full and the device not free
+    rig.device.hold.set()
+    assert doubled(*requests)
+    assert [len(batch) for batch in rig.device.batches] == [1, 3]
+
+
+def test_a_full_chained_batch_is_gathered_while_another_runs(rig: Rig) -> None:
+    executor = rig.start()
+    rig.device.hold.clear()
+    executor.submit([FakeRequest(1)])
+    rig.gate.grant(1)
+    rig.device.wait_running()
+    rest = [FakeRequest(number) for number in (2, 3)]
+    executor.submit(rest)
+    rig.gate.grant(2)
+    give_up = threading.Event()
+    while executor.state()[0] and not give_up.wait(0.005):
+        pass
+    assert len(rig.device.batches) == 1  # gathered, not run
+    rig.device.hold.set()
+    assert doubled(*rest)
+
+
+def test_runs_stay_in_one_thread_in_the_order_of_grants(rig: Rig) -> None:
+    """CUDA graphs belong to the thread that captured them."""
+    executor = rig.start()
+    requests = [FakeRequest(number) for number in range(20, 60)]
+    for request in requests:
+        executor.submit([request])
+        rig.gate.grant(1)
+    assert doubled(*requests)
+    assert len(rig.device.threads) == 1
+    assert [int(batch[0, 0]) for batch in rig.device.batches] == list(range(20, 60))
+
+
+def test_done_comes_before_the_answer(rig: Rig) -> None:
+    """The device must not idle while clients are answered."""
+    executor = rig.start()
+    request = FakeRequest(1)
+    told_first = []
+    request.answer = lambda outputs: (told_first.append(len(rig.gate.finished)), request.settled.set())
+    executor.submit([request])
+    rig.gate.grant(1)
+    request.wait()
+    assert told_first == [1]
+
+
+def test_submit_blocks_while_enough_waits(rig: Rig) -> None:
+    """The backlog must stay in Triton's queue."""
+    executor = rig.start(prefetch=1)
+    returned = threading.Event()
+    requests = [FakeRequest(number) for number in range(1, 6)]
+
+    def hand_over() -> None:
+        executor.submit(requests)
+        returned.set()
+
+    thread = threading.Thread(target=hand_over)
+    thread.start()
+    assert not returned.wait(0.1)
+    rig.gate.grant(4)
+    assert returned.wait(PATIENCE_S)
+    thread.join()
+    assert executor.state()[0] == 1
+
+
+def test_earliest_deadline_first_over_arrival(rig: Rig) -> None:
+    executor = rig.start(slo_us=500_000)
+    slow, quick = FakeRequest(1), FakeRequest(2, budget_us=1000)
+    executor.submit([slow, quick])
+    assert executor.state() == (2, rig.now_us + 1000)
+    rig.gate.grant(1)
+    quick.wait()
+    assert not slow.settled.is_set()
+
+
+def test_a_failing_batch_fails_its_own_requests_only(rig: Rig) -> None:
+    executor = rig.start()
+    bad, good = FakeRequest(13), FakeRequest(1)
+    executor.submit([bad, good])
+    rig.gate.grant(1)
+    rig.gate.grant(1)
+    assert isinstance(bad.wait().error, RunError)
+    assert doubled(good)
+    assert rig.gate.wait_done(2) == [1, 1]
+    assert executor.stats.failed == 1
+
+
+def test_a_defect_answers_its_batch_and_the_executor_lives_on(rig: Rig) -> None:
+    executor = rig.start()
+    bad, good = FakeRequest(666), FakeRequest(1)
+    executor.submit([bad])
+    rig.gate.grant(4)
+    assert "ZeroDivisionError" in str(bad.wait().error)
+    executor.submit([good])
+    rig.gate.grant(4)
+    assert doubled(good)
+
+
+def test_rows_that_do_not_follow_fail_the_batch(rig: Rig) -> None:
+    executor = rig.start()
+    request = FakeRequest([7, 8])
+    executor.submit([request])
+    rig.gate.grant(4)
+    assert "max_batch_size: 0" in str(request.wait().error)
+
+
+def test_a_large_request_runs_in_chunks_and_is_answered_once(rig: Rig) -> None:
+    executor = rig.start()
+    big = FakeRequest(np.arange(1.0, 11.0))
+    executor.submit([big])
+    for _ in range(3):
+        rig.gate.grant(4)
+    assert doubled(big)
+    assert rig.gate.wait_done(3) == [4, 4, 2]
+    assert big.times_settled == 1
+
+
+def test_a_failed_chunk_drops_the_rest(rig: Rig) -> None:
+    executor = rig.start()
+    big = FakeRequest(np.array([13.0, 1, 1, 1, 2, 3]))
+    executor.submit([big])
+    rig.gate.grant(4)
+    assert isinstance(big.wait().error, RunError)
+    rig.gate.grant(4)
+    assert rig.gate.wait_done(2) == [4, 0]
+    assert executor.state()[0] == 0
+    assert big.times_settled == 1
+
+
+def test_cancelled_requests_are_answered_and_do_not_run(rig: Rig) -> None:
+    executor = rig.start()
+    gone, young, kept = FakeRequest(1, cancelled=True), FakeRequest(2, cancelled=True), FakeRequest(3)
+    executor.submit([gone])
+    rig.now_us += CANCEL_CHECK_AFTER_US + 1
+    executor.submit([young, kept])  # too young to be worth asking
+    rig.gate.grant(4)
+    assert isinstance(gone.wait().error, CancelledError)
+    assert doubled(young, kept)
+    assert executor.stats.cancelled == 1
+
+
+def test_late_requests_are_rejected_before_they_run_where_asked(rig: Rig) -> None:
+    executor = rig.start(slo_us=10_000, reject_late=True)
+    late = FakeRequest(1)
+    executor.submit([late])
+    rig.now_us += 20_000
+    on_time = FakeRequest(2)
+    executor.submit([on_time])
+    rig.gate.grant(4)
+    assert isinstance(late.wait().error, RejectedError)
+    assert doubled(on_time)
+    assert executor.stats.rejected == 1
+
+
+def test_late_requests_are_served_and_counted_otherwise(rig: Rig) -> None:
+    executor = rig.start(slo_us=10_000)
+    late = FakeRequest(1)
+    executor.submit([late])
+    rig.now_us += 20_000
+    rig.gate.grant(4)
+    assert doubled(late)
+    assert rig.gate.finished[0][2] == 1
+    assert executor.stats.late == 1
+
+
+def test_shed_is_heeded(rig: Rig) -> None:
+    executor = rig.start(slo_us=10_000)
+    doomed, kept = FakeRequest(1), FakeRequest(2, budget_us=90_000)
+    executor.submit([doomed, kept])
+    executor.on_shed(rig.now_us + 50_000)
+    assert isinstance(doomed.wait().error, RejectedError)
+    assert executor.state()[0] == 1
+
+
+def test_a_void_permit_gives_the_batch_back(rig: Rig) -> None:
+    """A lease that ran out, or an ungated run after the arbiter came back."""
+    executor = rig.start()
+    request = FakeRequest(1)
+    executor.submit([request])
+    rig.gate.grant(4, void=True)
+    assert rig.gate.wait_done(1) == [0]
+    assert executor.state()[0] == 1
+    rig.gate.grant(4)
+    assert doubled(request)
+
+
+def test_a_grant_with_nothing_to_run_is_answered(rig: Rig) -> None:
+    rig.start()
+    rig.gate.grant(4)
+    assert rig.gate.wait_done(1) == [0]
+
+
+def test_unreadable_requests_are_answered_and_the_others_served(rig: Rig) -> None:
+    executor = rig.start()
+    broken, good = FakeRequest([1, 2], others={"mask": np.ones((5, 1), np.float32)}), FakeRequest(1)
+    executor.submit([broken, good])
+    rig.gate.grant(4)
+    assert "first (batch) dimension" in str(broken.wait().error)
+    assert doubled(good)
+
+
+def test_close_serves_what_was_accepted_then_refuses(rig: Rig) -> None:
+    executor = rig.start()
+    accepted = FakeRequest(1)
+    executor.submit([accepted])
+    closing = threading.Thread(target=executor.close, args=(PATIENCE_S,))
+    closing.start()
+    rig.gate.grant(4)
+    assert doubled(accepted)
+    closing.join(PATIENCE_S)
+    assert rig.gate.closed
+    refused = FakeRequest(2)
+    executor.submit([refused])
+    assert isinstance(refused.wait().error, RejectedError)
+
+
+def test_close_does_not_wait_for_ever(rig: Rig) -> None:
+    executor = rig.start()
+    stranded = FakeRequest(1)
+    executor.submit([stranded])
+    executor.close(0.05)
+    assert isinstance(stranded.wait().error, RejectedError)
+
+
+def test_a_failed_warm_up_is_raised_by_start(rig: Rig) -> None:
+    with pytest.raises(RunError, match="out of memory"):
+        rig.start(on_device_thread=fail_to_warm_up)
+
+
+def fail_to_warm_up() -> None:
+    raise RunError("out of memory")

@@ -1,0 +1,97 @@
+"""config.pbtxt parameters -> Settings: defaults, what fits, and one clear line for what does not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dstack_backend.errors import ModelError
+from dstack_backend.settings import Settings, parse_settings
+
+
+def arguments(config: dict[str, Any] | None = None, kind: str = "CPU", **parameters: str) -> dict[str, str]:
+    """Triton's initialize() arguments of a model "m"."""
+    texts = {key: {"string_value": value} for key, value in parameters.items()}
+    return {
+        "model_config": json.dumps({"max_batch_size": 8, "parameters": texts, **(config or {})}),
+        "model_name": "m",
+        "model_version": "2",
+        "model_instance_name": "m_0_0",
+        "model_instance_kind": kind,
+        "model_instance_device_id": "1",
+        "model_repository": "/models/m",
+    }
+
+
+def settings(config: dict[str, Any] | None = None, kind: str = "CPU", **parameters: str) -> Settings:
+    return parse_settings(arguments(config, kind, **parameters))[0]
+
+
+def test_defaults() -> None:
+    got = settings()
+    assert (got.model, got.version, got.instance) == ("m", "2", "m_0_0")
+    assert got.model_path == Path("/models/m/2/model.onnx")
+    assert (got.provider, got.device_id) == ("cpu", -1)
+    assert (got.max_batch_size, got.batch_size, got.gpu_percent, got.slo_us) == (8, 8, 100, 0)
+    assert not got.reject_late
+
+
+def test_all_parameters_are_read() -> None:
+    got = settings(
+        kind="GPU", gpu_percent="37.5", slo_ms="12.5", batch_size="4", on_late="reject", prefetch="1.5",
+        execution_provider="cuda", model_file="net.onnx", cuda_graphs="false", gpu_memory_limit_mb="512",
+    )  # fmt: skip
+    assert (got.provider, got.device_id, got.gpu_percent) == ("cuda", 1, 37.5)
+    assert (got.slo_us, got.batch_size, got.reject_late, got.prefetch) == (12_500, 4, True, 1.5)
+    assert got.model_path.name == "net.onnx"
+    assert got.cuda["cuda_graphs"] is False
+    assert got.cuda["memory_limit_bytes"] == 512 << 20
+
+
+def test_a_model_without_batches_runs_one_at_a_time() -> None:
+    assert settings({"max_batch_size": 0}).batch_size == 1
+
+
+def test_default_model_filename_of_triton_is_heeded() -> None:
+    assert settings({"default_model_filename": "a.onnx"}).model_path.name == "a.onnx"
+    assert settings({"default_model_filename": "a.onnx"}, model_file="b.onnx").model_path.name == "b.onnx"
+
+
+@pytest.mark.parametrize(
+    ("parameters", "words"),
+    [
+        ({"gpu_percent": "0"}, "gpu_percent is '0'; a number in (0, 100]"),
+        ({"gpu_percent": "half"}, "gpu_percent is 'half'"),
+        ({"gpu_percent": "nan"}, "gpu_percent is 'nan'"),
+        ({"gpu_percent": "101"}, "gpu_percent is '101'"),
+        ({"slo_ms": "-1"}, "slo_ms is '-1'"),
+        ({"batch_size": "9"}, "batch_size is '9'; a whole number in [1, 8]"),
+        ({"batch_size": "2.5"}, "batch_size is '2.5'"),
+        ({"on_late": "drop"}, "on_late is 'drop'; one of serve, reject"),
+        ({"execution_provider": "tpu"}, "one of cuda, cpu"),
+        ({"execution_provider": "cuda"}, "KIND_GPU in instance_group"),
+        ({"model_file": "../model.onnx"}, "a file name in the version directory"),
+        ({"gpu_precent": "50"}, "unknown parameter 'gpu_precent'; did you mean 'gpu_percent'?"),
+        ({"slo": "50"}, "did you mean 'slo_ms'?"),
+    ],
+)
+def test_bad_parameters_get_one_line_that_names_them(parameters: dict[str, str], words: str) -> None:
+    with pytest.raises(ModelError) as caught:
+        settings(**parameters)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_parameters_of_others_are_left_alone() -> None:
+    """Upper case is Triton's Python backend's; an unknown one may be another tool's: a warning, no error."""
+    _, warnings = parse_settings(arguments(FORCE_CPU_ONLY_INPUT_TENSORS="no", owner="team-a"))
+    assert len(warnings) == 1
+    assert "'owner'" in warnings[0]
+
+
+def test_kind_model_is_refused() -> None:
+    with pytest.raises(ModelError, match="KIND_GPU or KIND_CPU"):
+        settings(kind="MODEL")
