@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -219,6 +220,14 @@ def test_silent_connection_is_closed(path: Path) -> None:
     with arbiter(path, first_message_within_us=100_000), Client(path) as silent, Backend(path, "m") as joined:
         assert silent.is_dropped()
         assert joined.ask(wire.Ping(1)) == wire.Pong(1)
+
+
+def test_drops_are_counted(running: Arbiter, control: SocketArbiterClient) -> None:
+    with Client(running.path) as client:
+        client.socket.send(b"nonsense")
+        assert client.is_dropped()
+    status = control.request("status")
+    assert status["dropped"]["malformed"] == 1 and status["clients"] == 1
 
 
 def test_client_limit(path: Path) -> None:
@@ -477,3 +486,14 @@ def test_kept_plan_that_is_damaged_is_set_aside(path: Path, tmp_path: Path) -> N
     assert process.end(signal.SIGTERM) == 0
     assert "is not used" in (tmp_path / "log").read_text()
     assert path.with_suffix(".plan.json.bad").exists()
+
+
+def test_full_house_still_has_a_status(path: Path) -> None:
+    """Guards the answer's size: as many backends as there are places, each of a model of its own."""
+    with arbiter(path, max_clients=256), contextlib.ExitStack() as stack:
+        for i in range(255):
+            stack.enter_context(Backend(path, f"a_model_with_quite_a_long_name_{i:03d}"))
+        client = SocketArbiterClient(path, timeout_s=PATIENCE_S)
+        status = client.request("status")
+        client.close()
+    assert len(status["backends"]) == 255

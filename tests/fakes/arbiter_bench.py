@@ -103,6 +103,7 @@ class Arbiter:
             self._make, "dstack", ArbiterPlanFile(path.with_suffix(".plan.json")), epoch=3, observe=observe
         )
         self.loop = ArbiterLoop(server, self.service, **loop_options)
+        self.service.also_report(self.loop.status)
         self._thread = threading.Thread(target=self.loop.run, name="arbiter")
         self._thread.start()
 

@@ -315,6 +315,18 @@ def test_lease_that_ran_out_is_told_and_its_share_ends_there() -> None:
     assert bench.control(verb="status", now_us=91_000)["models"]["resnet"]["leases_ended"] == 1
 
 
+def test_names_without_end_cost_bounded_memory() -> None:
+    bench = Bench()
+    for i in range(3_000):
+        join = wire.Join(f"model_{i}", "x", 1, 0, 40.0, 1, 1, 0, False)
+        engine = bench.join(1, join)
+        engine.answers.append([grant(i + 1, instance=f"x#{i + 1}")])
+        bench.service.received(1, wire.Work(1, 1), 1_000)
+        bench.service.received(1, wire.Leave(), 1_000)
+    models = bench.service.record.models
+    assert len(models) <= 129 and sum(each.grants for each in models.values()) == 3_000
+
+
 def test_an_instance_that_never_answers_costs_bounded_memory() -> None:
     bench = Bench()
     engine = bench.join()

@@ -17,11 +17,12 @@ import select
 import socket
 import stat
 import struct
+import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from time import monotonic_ns
-from typing import Protocol
+from typing import Any, Protocol
 
 from dstack_backend import wire
 from dstack_sched.errors import InputError, MachineError
@@ -180,20 +181,23 @@ class ArbiterLoop:
         self._buffer = bytearray(wire.MAX_MESSAGE_BYTES + 1)
         self._view = memoryview(self._buffer)
         self._running = True
+        self._ending = threading.RLock()  # reentrant: a signal handler may stop the loop while it closes
+        self._closed = False
         self._doomed: list[tuple[_Client, str, str]] = []
         self._next_housekeeping_us = 0
         self.dropped: Counter[str] = Counter()
 
-    @property
-    def wake_descriptor(self) -> int:
-        """Writing a byte here wakes the loop (signal.set_wakeup_fd)."""
-        return self._wake_write
+    def status(self) -> dict[str, Any]:
+        """{"clients": connected now, "dropped": {why: count since the start}}."""
+        return {"clients": len(self._clients), "dropped": dict(self.dropped)}
 
     def stop(self) -> None:
         """End `run`; from any thread or a signal handler."""
-        self._running = False
-        with contextlib.suppress(BlockingIOError):
-            os.write(self._wake_write, b"x")
+        with self._ending:
+            self._running = False
+            if not self._closed:
+                with contextlib.suppress(BlockingIOError):
+                    os.write(self._wake_write, b"x")
 
     def run(self) -> None:
         """Serve until `stop`, then close every connection: backends run ungated until they find another."""
@@ -218,8 +222,10 @@ class ArbiterLoop:
             client.socket.close()
         self._clients.clear()
         self._epoll.close()
-        os.close(self._wake_read)
-        os.close(self._wake_write)
+        with self._ending:
+            self._closed = True
+            os.close(self._wake_read)
+            os.close(self._wake_write)
 
     def _wait(self) -> list[tuple[int, int]]:
         """Events that are there, or that come before the next timer. Epoll waits for whole milliseconds only,

@@ -81,6 +81,7 @@ class ArbiterService:
         self._epoch = epoch & ID_MASK
         self._observe = observe
         self._started_us = now_us
+        self._also_report: Callable[[], dict[str, Any]] = dict
         self._sessions: dict[int, Session] = {}
         self._by_instance: dict[str, Session] = {}
         self._gpus: dict[int, Gpu] = {}
@@ -88,6 +89,10 @@ class ArbiterService:
         self.record = Record()
         for gpu, plan in plans.load().items():
             self._open_gpu(gpu, plan, now_us, [])
+
+    def also_report(self, more: Callable[[], dict[str, Any]]) -> None:
+        """Further fields for `status`: what the loop around this service counts."""
+        self._also_report = more
 
     # -- what the socket loop calls ----------------------------------------------------------------------
 
@@ -295,6 +300,7 @@ class ArbiterService:
             "pid": os.getpid(),
             "policy": self.policy,
             "uptime_s": round((now_us - self._started_us) / 1e6, 3),
+            **self._also_report(),
         }
         return about | arbiter_view.status(self._gpus, self._sessions.values(), self.record, now_us)
 

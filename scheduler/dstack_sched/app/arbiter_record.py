@@ -31,6 +31,8 @@ DECISION_BOUNDS_US = (5, 10, 15, 20, 30, 40, 50, 75, 100, 200, 500, 1_000, 5_000
 INTERVALS_KEPT = 32_768
 DECISIONS_SAMPLED = 4_096
 REPORTS_KEPT = 64
+MODELS_COUNTED = 128  # by name, so that a status fits its packet; further ones are counted together
+OTHERS = "(others)"
 PAGE_ROWS = 200  # a page costs the loop well under a millisecond
 
 
@@ -123,7 +125,9 @@ class Record:
     def model(self, name: str) -> ModelCounters:
         counters = self.models.get(name)
         if counters is None:
-            counters = self.models[name] = ModelCounters()
+            if len(self.models) >= MODELS_COUNTED:
+                name = OTHERS
+            counters = self.models.setdefault(name, ModelCounters())
         return counters
 
     def decided(self, took_ns: int) -> None:
