@@ -138,6 +138,7 @@ class Executor:
                     self._queue.push(item)
                     self.stats.rows += item.rows
                 self._in_flight += len(items)
+                self.stats.waiting_rows = self._queue.rows
                 self.stats.requests += len(items)
                 self.stats.stage_ns["accept"] += time.perf_counter_ns() - started_ns
                 if self._running and self._permits:
@@ -159,7 +160,8 @@ class Executor:
             failure = error
         except Exception as error:
             failure = RunError(f"cannot read the request: {one_line(error)}")
-        self.stats.failed += 1
+        with self._lock:
+            self.stats.failed += 1
         request.fail(failure)
         return None
 
@@ -276,6 +278,7 @@ class Executor:
             with self._lock:
                 expired = self._queue.remove_before(self._now_us()) if self._reject_late else []
                 batch = self._queue.take(max(1, job.permit.batch_size))
+                self.stats.waiting_rows = self._queue.rows
                 self._room.notify_all()
             self._reject(expired, "its deadline had passed before it could run")
             if batch is not None:
@@ -290,7 +293,6 @@ class Executor:
         for part in batch.parts:
             item = part.item
             if not item.settled and item.arrival_us <= old_us and item.request.is_cancelled():
-                self.stats.cancelled += 1
                 self._settle(item, CancelledError("cancelled by the client"))
         kept = [part for part in batch.parts if not part.item.settled]
         if len(kept) == len(batch.parts):
@@ -373,6 +375,8 @@ class Executor:
                 self._queue.drop(item)
             self.stats.late += item.deadline_us < self._now_us()
             self.stats.failed += isinstance(error, RunError)
+            self.stats.rejected += isinstance(error, RejectedError)
+            self.stats.cancelled += isinstance(error, CancelledError)
         try:
             if error is None:
                 item.request.answer(assemble(item))
@@ -386,7 +390,6 @@ class Executor:
                 self._drained.notify_all()
 
     def _reject(self, items: Sequence[Item], why: str) -> None:
-        self.stats.rejected += len(items)
         for item in items:
             self._settle(item, RejectedError(why))
 

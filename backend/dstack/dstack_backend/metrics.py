@@ -41,9 +41,20 @@ SIZE_HELP = "Batches by rows, rounded up to a power of two"
 
 
 class Publisher:
-    """Sends `stats` to Triton until closed. Without metrics support (or when it fails) it does nothing."""
+    """Sends `stats` to Triton until closed; where Triton has no metrics it says so once and does nothing.
 
-    def __init__(self, pb_utils: Any, stats: Stats, labels: dict[str, str], constants: dict[str, float]):
+    constants: gauges that do not change.
+    """
+
+    def __init__(
+        self,
+        pb_utils: Any,
+        stats: Stats,
+        labels: dict[str, str],
+        constants: dict[str, float],
+        period_s: float = PERIOD_S,
+    ):
+        self._period_s = period_s
         self._pb = pb_utils
         self._stats = stats
         self._labels = labels
@@ -67,13 +78,14 @@ class Publisher:
 
     def _loop(self) -> None:
         try:
-            while not self._stop.wait(PERIOD_S):
-                self._publish()
-            self._publish()
+            while not self._stop.wait(self._period_s):
+                self.publish()
+            self.publish()
         except Exception as error:  # a Triton without metrics: serving goes on
             log.warning("custom metrics are off: %s", " ".join(str(error).split()))
 
-    def _publish(self) -> None:
+    def publish(self) -> None:
+        """Bring every series up to date."""
         counter, gauge = self._pb.MetricFamily.COUNTER, self._pb.MetricFamily.GAUGE
         stats = self._stats
         for name, help_text in COUNTERS.items():

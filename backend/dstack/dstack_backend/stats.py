@@ -9,15 +9,15 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-STAGES = ("accept", "wait", "gather", "turn", "run", "respond")
+STAGES = ("accept", "wait", "gather", "run", "respond")
 
 
 @dataclass(slots=True)
 class Stats:
     """Totals since the instance started. `sizes`: batches by rows, rounded up to a power of two.
 
-    `stage_ns`, summed nanoseconds: accept (reading requests, per hand-over), wait (a batch's mean wait in the
-    queue, the wait for its grant included), gather, turn (behind the running batch), run, respond; per batch.
+    `stage_ns`, summed nanoseconds: accept (reading the requests of a hand-over), wait (the mean wait of a
+    batch's requests, that for its grant included), gather, run, respond.
     """
 
     requests: int = 0
