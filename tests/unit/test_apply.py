@@ -63,7 +63,7 @@ def test_a_plan_is_written_loaded_and_reported(world: World) -> None:
     report = world.applier.apply(plan(detect=row(60, 4), voice=row(30, 1)))
     assert world.repository.read_config("detect") == (
         DETECT
-        + "dynamic_batching { preferred_batch_size: [ 4 ] max_queue_delay_microseconds: 500 }\n"
+        + "dynamic_batching { preferred_batch_size: [ 4 ] max_queue_delay_microseconds: 0 }\n"
         + 'parameters { key: "gpu_percent" value { string_value: "60" } }\n'
         + 'parameters { key: "batch_size" value { string_value: "4" } }\n'
         + 'parameters { key: "slo_ms" value { string_value: "50" } }\n'

@@ -55,7 +55,7 @@ def plan_change(plan: ModelPlan, config: ModelConfig, gpus: int) -> ConfigChange
         backend=BACKEND,
         parameters=parameters,
         preferred_batch_sizes=_preferred(plan.batch_size, config) if batches else None,
-        max_queue_delay_us=plan.max_queue_delay_us if batches else None,
+        max_queue_delay_us=0 if batches else None,  # waiting is the backend's: decisions/0040
         instance_groups=_instance_groups(plan) if gpus > 1 else None,
     )
 
@@ -83,10 +83,6 @@ def _same(stated: str | None, wanted: str) -> bool:
         return stated == wanted
 
 
-def _or(stated: int | None, planned: int) -> int:
-    return planned if stated is None else stated
-
-
 def _share(config: ModelConfig) -> float:
     try:
         return float(config.parameters.get("gpu_percent", 0))
@@ -104,7 +100,6 @@ def stated_plan(repository: ModelRepository, plan: Plan) -> Plan:
                 row,
                 gpu_percent=float(config.parameters["gpu_percent"]),
                 batch_size=int(config.parameters["batch_size"]),
-                max_queue_delay_us=_or(config.max_queue_delay_us, row.max_queue_delay_us),
                 slo_ms=float(config.parameters["slo_ms"]) if "slo_ms" in config.parameters else None,
             )
         except (KeyError, ValueError):
