@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 REPOSITORY ?= model_repository
+WORKLOAD ?= perf/workloads/sample.yaml
 
 .DEFAULT_GOAL := help
 
@@ -19,6 +20,10 @@ $(VENV)/.ready: setup.sh setup.cfg pyproject.toml perf/install_perf_analyzer.py
 .PHONY: models
 models: setup ## put the sample models' weights into model_repository/
 	$(BIN)/python model_repository/fetch.py
+
+.PHONY: run
+run: setup models ## the main job: serve a copy, profile, plan, apply, load; figures in run/result.json
+	$(BIN)/dstackctl demo $(REPOSITORY) --workload $(WORKLOAD) --run-dir run
 
 .PHONY: serve
 serve: setup models ## serve model_repository/ until interrupted
