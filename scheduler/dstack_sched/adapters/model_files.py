@@ -33,8 +33,6 @@ def find_models(targets: Iterable[Path], only: Sequence[str] = ()) -> list[Model
     found: dict[str, ModelFile] = {}
     for target in targets:
         for model in _models_at(target):
-            if only and model.name not in only:
-                continue
             if model.name in found and found[model.name].path.resolve() != model.path.resolve():
                 raise InputError(
                     f"{model.path}: there is another model named {model.name}; profile one at a time"
@@ -42,8 +40,8 @@ def find_models(targets: Iterable[Path], only: Sequence[str] = ()) -> list[Model
             found[model.name] = model
     for name in only:
         if name not in found:
-            raise InputError(f"no model named {name!r} there; the models are {', '.join(found) or 'none'}")
-    return list(found.values())
+            raise InputError(f"no model named {name!r} there; the models are {', '.join(found)}")
+    return [model for name, model in found.items() if not only or name in only]
 
 
 def _models_at(target: Path) -> list[ModelFile]:
@@ -94,6 +92,6 @@ def _model_in(folder: Path) -> ModelFile:
     shapes = {
         tensor.name: tuple(tensor.dims) for tensor in stated.input if tensor.dims and min(tensor.dims) > 0
     }
-    return ModelFile(
-        folder.name, path, shapes, stated.max_batch_size if config.is_file() and stated.input else None
-    )
+    # 0 is also what a config says that leaves the size to the backend; one that states inputs means it.
+    unstated = stated.max_batch_size == 0 and not stated.input
+    return ModelFile(folder.name, path, shapes, None if unstated else stated.max_batch_size)

@@ -231,8 +231,9 @@ class _Run:
                 f"{self._profile.name}: only {len(self._points)} point could be measured; allow more GPU%,"
                 " batch sizes or time"
             )
-        self._profile = with_fit(replace(self._profile, points=tuple(self._points.values())))
-        self._store.put(self._profile, self.device)
+        if self._measured or not (self._profile.fit and self._profile.knee):
+            self._profile = with_fit(replace(self._profile, points=tuple(self._points.values())))
+            self._store.put(self._profile, self.device)
         return ProfilingResult(
             self._profile,
             self.device,

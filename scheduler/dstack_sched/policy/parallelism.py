@@ -31,7 +31,7 @@ from dstack_sched.errors import InputError
 
 Array = NDArray[np.float64]
 
-TILES = (64, 128)
+TILES = (16, 64, 128)
 SPLIT_DEPTH = 256
 ELEMENTS_PER_BLOCK = 4096
 SMALL_DEPTH = 16  # fewer products than this an output (depthwise convolution) run as elementwise work
