@@ -288,14 +288,14 @@ def main() -> int:
         if options.device == "cuda" and not daemon.available():
             raise MachineError("no GPU with nvidia-cuda-mps-control here; use --device cpu for a dry run")
         environment = dict(daemon.start()) if options.device == "cuda" else {}
-        settings = ProbeSettings(options.device, environment=environment, cap_s=0.5)
+        settings = ProbeSettings(options.device, environment=environment, cap_s=0.4)
         study.profile(settings)
         references = [name for name in options.exhaustive.split(",") if name in study.names]
         for name in references[:1]:
-            study.exhaustive(name, replace(settings, cap_s=0.4))
+            study.exhaustive(name, replace(settings, cap_s=0.3))
         study.corun(settings)
         for name in references[1:]:
-            study.exhaustive(name, replace(settings, cap_s=0.4))
+            study.exhaustive(name, replace(settings, cap_s=0.3))
     except (InputError, MachineError) as error:
         study.problem(str(error))
     finally:

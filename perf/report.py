@@ -30,7 +30,7 @@ def commit() -> str:
             "status", "--porcelain", "--untracked-files=no", "--", "backend", "scheduler", "perf/*.py"
         )
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("DSTACK_COMMIT", "unknown")
     return f"{head}+changes" if changed else head
 
 
