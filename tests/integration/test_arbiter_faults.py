@@ -19,6 +19,7 @@ from dstack_backend.endpoint import SOCKET_VARIABLE
 from dstack_sched.adapters.arbiter_client import SocketArbiterClient
 from dstack_sched.adapters.triton_client import TritonClient
 from dstack_sched.adapters.triton_process import TritonProcess
+from dstack_sched.cli.timeline import save_timelines
 from dstack_sched.domain.event import EngineModel, PlanChanged
 from dstack_sched.domain.json_form import CPU_INDEX, gpus_to_json
 from dstack_sched.domain.workload import OnLate
@@ -150,7 +151,9 @@ def all_grow(count, by: int = 5, names=MODELS):
     return lambda: all(count()[name] >= before[name] + by for name in names)
 
 
-def test_arbiter_that_dies_or_hangs_loses_no_request_and_is_used_again(served, start_arbiter) -> None:
+def test_arbiter_that_dies_or_hangs_loses_no_request_and_is_used_again(
+    served, start_arbiter, tmp_path: Path
+) -> None:
     _, arbiter, socket, load = served
     wait_until("all models run by grants", all_grow(lambda: grants(socket)))
 
@@ -169,6 +172,8 @@ def test_arbiter_that_dies_or_hangs_loses_no_request_and_is_used_again(served, s
     assert arbiter.end(signal.SIGTERM) == 0
     arbiter = start_arbiter()
     wait_until("the restarted arbiter is used", all_grow(lambda: grants(socket)))
+    ((chart, said),) = save_timelines(arbiter.client, tmp_path / "last.html", last_s=5.0)
+    assert said.startswith("CPU: ") and all(name in chart.read_text() for name in MODELS)
 
     load.stop()
     assert load.failed == {name: [] for name in MODELS}
