@@ -184,6 +184,21 @@ def test_arbiter_that_dies_or_hangs_loses_no_request_and_is_used_again(
     arbiter.end(signal.SIGTERM)
 
 
+def states(client: SocketArbiterClient) -> dict[str, int]:
+    """Backends by state: idle, waiting, running, hung."""
+    return client.request("status")["backend_states"]
+
+
+def suspend_busy(stub: psutil.Process, model: str, client: SocketArbiterClient) -> bool:
+    """Stop the stub; let it go again and say False where it held no grant at that moment."""
+    stub.suspend()
+    time.sleep(0.1)  # what it had sent before is with the arbiter then
+    if any(each["model"] == model and each["outstanding"] for each in client.request("status")["backends"]):
+        return True
+    stub.resume()
+    return False
+
+
 def idle(client: SocketArbiterClient) -> bool:
     return client.request("status")["gpus"]["-1"]["granted_percent"] == 0
 
@@ -203,10 +218,19 @@ def stub_of(server: TritonProcess, model: str) -> psutil.Process:
     return found[0]
 
 
-def test_stub_that_dies_takes_only_what_it_ran(served, tmp_path: Path) -> None:
+def test_stub_that_hangs_or_dies_takes_only_what_it_ran(served, tmp_path: Path) -> None:
     server, arbiter, socket, load = served
     others = [name for name in MODELS if name != "beta"]
     wait_until("all models run by grants", all_grow(lambda: grants(socket)))
+
+    hung = stub_of(server, "gamma")
+    wait_until("gamma stops in the middle of a grant", lambda: suspend_busy(hung, "gamma", arbiter.client))
+    wait_until("its lease ends", lambda: states(arbiter.client)["hung"] == 1)
+    wait_until("the others run by grants", all_grow(lambda: grants(socket), by=20, names=MODELS[:2]))
+    assert states(arbiter.client)["hung"] == 1
+    hung.resume()
+    wait_until("the hung one is used again", all_grow(lambda: grants(socket)))
+    assert load.failed == {name: [] for name in MODELS}
 
     os.kill(stub_of(server, "beta").pid, signal.SIGKILL)
     wait_until(
