@@ -56,8 +56,10 @@ class LatencyProbe(Protocol):
     """
 
     def device(self) -> Device: ...
-    def prepare(self, gpu_percents: Iterable[float]) -> None:
-        """Make these GPU% ready to measure, all together: that is faster than one after the other."""
+    def prepare(self, gpu_percents: Iterable[float], batch_sizes: Iterable[int] = ()) -> None:
+        """Make these GPU% ready to measure, all together: that is faster than one after the other.
+
+        batch_sizes are made ready and kept, too; others are made ready, and forgotten, one at a time."""
         ...
 
     def measure(self, gpu_percent: float, batch_size: int) -> ProfilePoint: ...

@@ -149,6 +149,31 @@ def test_the_protocol_measures_and_ends_with_its_input() -> None:
     assert talk(FakeSession(), {"do": "exit"}, {"do": "used"}) == []
 
 
+class BucketSession(FakeSession):
+    """As the CUDA session: what a batch size needs is made on first use and kept until forgotten."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.story: list[object] = []
+
+    def warm_up(self, batch_sizes) -> None:
+        self.story.append(list(batch_sizes))
+
+    def forget(self) -> None:
+        self.story.append("forget")
+
+
+def test_sizes_made_ready_are_kept_and_others_are_forgotten() -> None:
+    session = BucketSession()
+    sizes = (4, 1, 16, 8)
+    talk(
+        session,
+        {"do": "prepare", "batch_sizes": [4, 1]},
+        *({"do": "measure", "batch_size": size, "cap_s": 0.01} for size in sizes),
+    )
+    assert session.story == [[1, 4], "forget", "forget"]
+
+
 def test_every_failure_is_one_line_and_the_worker_goes_on() -> None:
     session = FakeSession()
     session.fail = True

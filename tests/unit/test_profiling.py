@@ -57,12 +57,15 @@ class FakeProbe:
         self.clock, self.latency_ms, self._device = clock, latency_ms, device
         self.measured: list[tuple[float, int]] = []
         self.prepared: list[float] = []
+        self.prepared_batches: tuple[int, ...] = ()
+        self.memory = 1000
 
     def device(self) -> Device:
         return self._device
 
-    def prepare(self, gpu_percents: Iterable[float]) -> None:
+    def prepare(self, gpu_percents: Iterable[float], batch_sizes: Iterable[int] = ()) -> None:
         self.prepared += gpu_percents
+        self.prepared_batches = tuple(batch_sizes)
 
     def measure(self, gpu_percent: float, batch_size: int) -> ProfilePoint:
         self.clock.sleep_s(1.0)
@@ -71,7 +74,7 @@ class FakeProbe:
         return ProfilePoint(gpu_percent, batch_size, ms, ms * 1.02, 20)
 
     def memory_bytes(self) -> int:
-        return 1000 + len(self.measured)
+        return self.memory + len(self.measured)
 
     def close(self) -> None: ...
 
@@ -123,13 +126,24 @@ def test_a_smooth_model_takes_few_points_and_is_known_well(clock: FakeClock, sto
     probe = FakeProbe(clock, smooth)
     result = run(probe, store)
     assert result.error <= 0.05
-    assert result.measured == len(probe.measured) <= 25, "of 60 candidates"
+    assert result.measured == len(probe.measured) <= 25, "of 48 candidates"
     assert result.profile.fit is not None
     assert (result.profile.fit.a2, result.profile.fit.a3) == pytest.approx((8, 5), rel=0.05)
     assert result.profile.knee is not None
     assert result.profile.memory_bytes > 1000
     assert probe.prepared == list(candidate_percents(GPU)), "all workers load together"
     assert store.writes >= result.measured, "each point is stored as it is measured"
+
+
+def test_batch_sizes_are_made_ready_together_where_they_fit_the_device(clock: FakeClock) -> None:
+    """Each size of each worker takes memory of its own: all of them at once would not fit a small device."""
+    small, large = FakeProbe(clock, smooth), FakeProbe(clock, smooth)
+    large.memory = 10 << 30
+    run(small, FakeStore())
+    run(large, FakeStore())
+    assert small.prepared_batches == candidate_batches(GPU)
+    assert large.prepared_batches == ()
+    assert large.prepared == small.prepared == list(candidate_percents(GPU))
 
 
 def test_adaptive_points_choose_as_well_as_the_whole_grid(clock: FakeClock) -> None:
@@ -140,7 +154,7 @@ def test_adaptive_points_choose_as_well_as_the_whole_grid(clock: FakeClock) -> N
 
     adaptive = run(FakeProbe(clock, bent), FakeStore())
     grid = run(FakeProbe(clock, bent), FakeStore(), exhaustive=True, time_budget_s=1e4)
-    assert grid.measured == 60
+    assert grid.measured == 48
     assert adaptive.measured < grid.measured
 
     def best(profile: ModelProfile) -> float:

@@ -6,6 +6,7 @@ GPU% is fixed for the life of a process (MPS fixes it when the CUDA context is m
 worker a GPU%. Worker and profiler exchange JSON, one object a line: commands on stdin, answers on stdout.
 
     (starts)                                       <- {"ready": true, "device": {...}, ...}
+    {"do": "prepare", "batch_sizes": [1, 8]}       <- {"prepared": [1, 8]}    made ready now, and kept
     {"do": "measure", "batch_size": 8, "cap_s": 1} <- {"latency_ms_p50": ..., "latency_ms_p99": ..., ...}
     {"do": "loop", "batch_size": 8}                <- {"looping": true}    runs back to back from now on
     {"do": "mark"}                                 <- {"marked": true}     counts from here
@@ -108,11 +109,17 @@ class Worker:
         self._shapes = shapes
         self._memory_bytes = memory_bytes
         self._device_used_bytes = device_used_bytes
+        self._prepared: set[int] = set()
         self._loop: Loop | None = None
 
     def answer(self, command: Mapping[str, Any]) -> dict[str, Any]:
         """One answer a command. Errors: ValueError for a command that makes no sense now."""
         what = command.get("do")
+        if what == "prepare":
+            self._prepared = {int(size) for size in command["batch_sizes"]}
+            if hasattr(self._session, "warm_up"):
+                self._session.warm_up(sorted(self._prepared))
+            return {"prepared": sorted(self._prepared)}
         if what == "measure":
             taken = sample(self._runner(int(command["batch_size"])), float(command.get("cap_s", 1.0)))
             return {**summary(taken), "memory_bytes": self._memory_bytes()}
@@ -139,6 +146,9 @@ class Worker:
         return self._loop.step() if self._loop else False
 
     def _runner(self, batch_size: int) -> Callable[[], object]:
+        # A session keeps what it made for each batch size; all of them at once may not fit the device.
+        if batch_size not in self._prepared and hasattr(self._session, "forget"):
+            self._session.forget()
         batch = feeds(self._session.inputs, batch_size, self._shapes)
         return lambda: self._session.run(batch, None)
 

@@ -160,10 +160,17 @@ class ModelProbe:
         self._workers: dict[tuple[float, int], Worker] = {}
         self._memory_bytes = 0
 
-    def prepare(self, gpu_percents: Iterable[float]) -> None:
-        """Start the workers of these GPU% together and wait until all are ready."""
-        self.start(gpu_percents)
-        self.wait()
+    def prepare(self, gpu_percents: Iterable[float], batch_sizes: Iterable[int] = ()) -> None:
+        """Start the workers of these GPU% together, and let them make these batch sizes ready, together."""
+        wanted = [self._start(gpu_percent, 0) for gpu_percent in gpu_percents]
+        for worker in wanted:
+            worker.wait_ready()
+        sizes = list(batch_sizes)
+        if sizes:
+            for worker in wanted:
+                worker.send(do="prepare", batch_sizes=sizes)
+            for worker in wanted:
+                worker.receive(self._settings.load_timeout_s)
 
     def start(self, gpu_percents: Iterable[float]) -> None:
         """Start workers and do not wait for them."""

@@ -28,10 +28,11 @@ from dstack_sched.ports import Clock, LatencyProbe, ProfileStore
 
 KNEE_BATCH = 16
 REPEAT_ROUNDS = 4
+MEMORY_RESERVE = 1.6  # larger batches need more than the first, and a device must not be filled
 GOOD_PREDICTIONS = 8  # in a row, each made before its point was measured
 CPU_BATCHES = (1, 2, 4, 8)
 GPU_BATCHES = (1, 2, 4, 8, 16, 32)
-GPU_PERCENTS = tuple(float(p) for p in range(10, 101, 10))
+GPU_PERCENTS = (10.0, 20.0, 30.0, 40.0, 50.0, 60.0, 80.0, 100.0)
 CPU_DRIVER = "cpu"
 
 
@@ -122,7 +123,7 @@ def profile_model(
     """
     run = _Run(name, sha256, probe, store, clock, options, kernels, on_progress)
     if not run.done():
-        probe.prepare(run.percents)
+        run.prepare()
         run.measure_start()
         run.measure_on()
         run.repair()
@@ -167,13 +168,20 @@ class _Run:
             return False
         return not decisive_places(tuple(self._points.values()), self._candidates())
 
-    def measure_start(self) -> None:
-        """The start design, cheapest place first; batches that take too long or do not fit are dropped."""
+    def prepare(self) -> None:
+        """Measure the cheapest place, drop the batches that would take too long, make the rest ready."""
         self._measure((self.percents[-1], self._batches[0]))
         alone = self._points[self.percents[-1], self._batches[0]]
         slowest_ms = alone.latency_ms_p50 * 100.0 / self.percents[0]
         short = tuple(b for b in self._batches if slowest_ms * b / self._batches[0] <= self._options.limit_ms)
         self._drop(short or self._batches[:1], f"a run would take more than {self._options.limit_ms:g} ms")
+        # What was measured is the model and what one batch size needs; each further size needs about as much.
+        expected = self._profile.memory_bytes * (1 + len(self._batches)) / 2 * MEMORY_RESERVE
+        fits = expected * len(self.percents) < self.device.memory_bytes
+        self._probe.prepare(self.percents, self._batches if fits else ())
+
+    def measure_start(self) -> None:
+        """The start design, cheapest place first."""
         for place in start_design(self.percents, self._batches):
             if place[1] in self._batches:
                 self._measure(place)
