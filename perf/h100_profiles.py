@@ -13,6 +13,7 @@ profiles.md (the tables) and profiles_exhaustive.json (the reference grids).
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -262,8 +263,6 @@ def analyse_only(study: Study) -> None:
     for name in profiles.models:
         if study.path(name).exists():
             study.kernels[name] = read_kernels(study.path(name))
-    import json
-
     content = json.loads((out / "profiles.json").read_text(encoding="utf-8"))
     before = content.pop("figures", {})
     figures = analyse(profiles, study.references, study.kernels, before.get("timing", {}))
