@@ -155,7 +155,9 @@ class CudaSession:
         graph = self._with_graph(plain) if self._bound and self.graphs else None
         if graph is not None:
             plain.close()
-        elif not self._bound:
+        elif self._bound:
+            plain.keep_plain()
+        else:
             plain.close()
             return None
         self._buckets[size] = graph or plain
@@ -179,6 +181,13 @@ class CudaSession:
             graph.close()
         return None
 
+    def forget(self, batch_sizes: Sequence[int]) -> None:
+        """Give the memory of these batch sizes back; they are prepared anew when next used."""
+        for rows in {bucket_of(size) for size in batch_sizes if size > 0}:
+            bucket = self._buckets.pop(rows, None)
+            if bucket is not None:
+                bucket.close()
+
     def close(self) -> None:
         """Give the device memory back."""
         self.forget()
@@ -197,7 +206,7 @@ class Bucket:
         self.size = size
         self._session, self._driver, self._stream = session, cuda, stream
         self._binding = session.io_binding()
-        self._options = _run_options(NO_GRAPH)
+        self._options = _run_options(NO_GRAPH, shrink_device=device_id)  # on trial: keep no memory
         self._inputs = {spec.name: Buffer(cuda, spec, size) for spec in model.inputs}
         self._outputs = {spec.name: Buffer(cuda, spec, size) for spec in model.outputs}
         for name, buffer in self._inputs.items():
@@ -221,6 +230,10 @@ class Bucket:
         self._driver.wait(self._stream)
         return [self._outputs[name].host[:rows].copy() for name in names]
 
+    def keep_plain(self) -> None:
+        """The trial is over and no graph came of it: run without giving the memory back each time."""
+        self._options = _run_options(NO_GRAPH)
+
     def capture(self) -> None:
         """Run until ONNX Runtime has captured its graph: from then on it replays."""
         self._options = _run_options(str(self.size))
@@ -238,12 +251,14 @@ class Bucket:
         It does not where the first dimension of an output is not the batch.
         """
         feeds, names = self.samples(), list(self._outputs)
-        wanted = other.run(feeds, names, self.size) if other else self._session.run(names, feeds)
         try:
             answer = self.run(feeds, names, self.size)
         except Exception as error:  # shapes that do not fit the buffers: the model takes the other path
             log.info("outputs are not one row a row of the batch: %s", one_line(error))
             return False
+        wanted = (
+            other.run(feeds, names, self.size) if other else self._session.run(names, feeds, self._options)
+        )
         return all(a.shape == b.shape and _agree(a, b) for a, b in zip(wanted, answer, strict=True))
 
     def close(self) -> None:
@@ -292,8 +307,11 @@ def _agree(one: np.ndarray, other: np.ndarray) -> bool:
     return bool(np.linalg.norm(a - b) <= AGREEMENT * np.linalg.norm(a) + 1e-12)
 
 
-def _run_options(graph_id: str) -> ort.RunOptions:
+def _run_options(graph_id: str, shrink_device: int | None = None) -> ort.RunOptions:
+    """shrink_device: give the arena's free memory on this device back after each run."""
     options = ort.RunOptions()
+    if shrink_device is not None:
+        options.add_run_config_entry("memory.enable_memory_arena_shrinkage", f"gpu:{shrink_device}")
     options.add_run_config_entry("gpu_graph_id", graph_id)
     # Our own wait behind the copies out is the only one needed.
     options.add_run_config_entry("disable_synchronize_execution_providers", "1")
