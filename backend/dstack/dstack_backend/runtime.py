@@ -36,10 +36,6 @@ class Session(Protocol):
         """Prepare the device for these batch sizes, in the thread that will run them."""
         ...
 
-    def forget(self, batch_sizes: Sequence[int]) -> None:
-        """Give back what warm_up or a first run keeps for these batch sizes."""
-        ...
-
     def close(self) -> None: ...
 
 
@@ -108,9 +104,6 @@ class CpuSession:
 
     def warm_up(self, batch_sizes: Sequence[int]) -> None:
         """Nothing to prepare: the CPU provider plans for any shape."""
-
-    def forget(self, batch_sizes: Sequence[int]) -> None:
-        """Nothing is kept."""
 
     def close(self) -> None:
         self._session = None

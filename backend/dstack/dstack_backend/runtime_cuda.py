@@ -181,13 +181,6 @@ class CudaSession:
             graph.close()
         return None
 
-    def forget(self, batch_sizes: Sequence[int]) -> None:
-        """Give the memory of these batch sizes back; they are prepared anew when next used."""
-        for rows in {bucket_of(size) for size in batch_sizes if size > 0}:
-            bucket = self._buckets.pop(rows, None)
-            if bucket is not None:
-                bucket.close()
-
     def close(self) -> None:
         """Give the device memory back."""
         self.forget()
