@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from dstack_sched.adapters.arbiter_client import SocketArbiterClient
 from dstack_sched.adapters.clock import SystemClock
 from dstack_sched.adapters.decision_log import FileDecisionLog
 from dstack_sched.adapters.perf_analyzer import LoadOptions
@@ -26,10 +27,11 @@ from dstack_sched.cli.common import TritonServerOption, say, state_dir
 from dstack_sched.cli.deployment import Deployment
 from dstack_sched.cli.host import Host, HostOptions, open_host
 from dstack_sched.cli.run import LiveSteps, check_models, show
+from dstack_sched.cli.timeline import save_timelines
 from dstack_sched.config import read_workload
 from dstack_sched.domain.load import BenchResult
 from dstack_sched.domain.workload import Workload
-from dstack_sched.errors import InputError, ServerError
+from dstack_sched.errors import DstackError, InputError, ServerError
 
 RESULT_KEYS = (
     "slo_ms",
@@ -70,6 +72,7 @@ def demo(
     state_dir(run_dir)
     copy = working_copy(DiskRepository(repository), run_dir / "models")
     with tempfile.TemporaryDirectory(prefix="dstack-demo-") as private:  # a socket's path must be short
+        socket = Path(private) / "arbiter.sock"
         options = HostOptions(
             repository=copy.root,
             log_dir=run_dir / "logs",
@@ -77,11 +80,11 @@ def demo(
             http_port=0,
             grpc_port=0,
             metrics_port=0,
-            socket=Path(private) / "arbiter.sock",
+            socket=socket,
         )
         try:
             with open_host(options) as host, TritonClient(host.triton.grpc_url) as server:
-                deployment = Deployment(copy, server, run_dir, options.socket)
+                deployment = Deployment(copy, server, run_dir, socket)
                 check_models(wanted, deployment, workload)
                 load_all(host)
                 steps = LiveSteps(
@@ -96,6 +99,7 @@ def demo(
                     wanted, host.triton.grpc_url, LoadOptions(host.triton.grpc_url), BenchOptions(seconds)
                 )
                 version = server.metadata()["version"]
+                draw_timeline(socket, run_dir / "timeline.html", seconds)
         except KeyboardInterrupt:
             say("stopped before the end; no result was written")
             raise typer.Exit(1) from None
@@ -103,6 +107,18 @@ def demo(
     write_json(run_dir / "result.json", result_document(done, result, wanted, version))
     reloads = done.report.reloads if done.report else 0
     say(f"{run_dir / 'result.json'} written; Triton {version}, {reloads} reloads")
+
+
+def draw_timeline(socket: Path, path: Path, seconds: float) -> None:
+    """What the arbiter granted under the load, as a chart. Nothing to draw is said, no error."""
+    arbiter = SocketArbiterClient(socket)
+    try:
+        for drawn, what in save_timelines(arbiter, path, seconds):
+            say(f"{drawn}: {what}")
+    except DstackError as error:
+        say(str(error))
+    finally:
+        arbiter.close()
 
 
 def working_copy(source: DiskRepository, target: Path) -> DiskRepository:
