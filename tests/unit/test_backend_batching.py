@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dstack_backend.batching import Batch, Item, RequestQueue, assemble, split_outputs
+from dstack_backend.batching import Batch, Item, RequestQueue, assemble, check_rows, outputs_of
 from dstack_backend.errors import RequestError, RunError
 from dstack_backend.staging import MAX_KEYS, Staging
 from fakes.backend import FakeRequest
@@ -25,6 +25,14 @@ def queue_of(*items: Item) -> RequestQueue:
 
 def taken(batch: Batch | None) -> list[tuple[Item, int, int]]:
     return [(part.item, part.start, part.stop) for part in batch.parts] if batch else []
+
+
+def deliver(batch: Batch, y: np.ndarray, **others: np.ndarray) -> None:
+    """Hand a batch's outputs to its requests, as the executor does."""
+    outputs = {"y": y, **others}
+    check_rows(batch, outputs)
+    for part in batch.parts:
+        part.item.parts[part.start] = outputs_of(batch, part, outputs)
 
 
 def test_earliest_deadline_first_then_arrival() -> None:
@@ -133,8 +141,8 @@ def test_outputs_go_to_their_requests_and_chunks_together_again() -> None:
     big, small = item(range(5), 100), item([9], 200)
     queue = queue_of(big, small)
     first, second = queue.take(3), queue.take(3)
-    split_outputs(second, ["y"], [np.array([[3], [4], [9]])])  # answered out of order: still in row order
-    split_outputs(first, ["y"], [np.array([[0], [1], [2]])])
+    deliver(second, np.array([[3], [4], [9]]))  # answered out of order: still in row order
+    deliver(first, np.array([[0], [1], [2]]))
     assert assemble(big)["y"].ravel().tolist() == [0, 1, 2, 3, 4]
     assert assemble(small)["y"].ravel().tolist() == [9]
 
@@ -142,13 +150,13 @@ def test_outputs_go_to_their_requests_and_chunks_together_again() -> None:
 def test_outputs_whose_rows_do_not_follow_are_an_error() -> None:
     batch = queue_of(item([1, 2])).take(4)
     with pytest.raises(RunError, match=r"'y' has shape .1, 3. for a batch of 2 rows.*max_batch_size: 0"):
-        split_outputs(batch, ["y"], [np.ones((1, 3))])
+        check_rows(batch, {"y": np.ones((1, 3))})
 
 
 def test_only_wanted_outputs_run_and_go_back() -> None:
     batch = queue_of(item(1.0, wanted=["z"]), item(2.0, wanted=["y"])).take(4)
     assert batch.outputs_wanted(["y", "unasked", "z"]) == ["y", "z"]
-    split_outputs(batch, ["y", "z"], [np.ones((2, 1)), np.zeros((2, 1))])
+    deliver(batch, np.ones((2, 1)), z=np.zeros((2, 1)))
     assert [set(assemble(part.item)) for part in batch.parts] == [{"z"}, {"y"}]
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from dstack_backend.errors import RequestError, RunError
-from dstack_backend.interfaces import Feeds, Request
+from dstack_backend.interfaces import Feeds, Permit, Request
 from dstack_backend.tensors import Array
 
 
@@ -61,11 +61,12 @@ def group_key(feeds: Feeds, batched: bool) -> tuple[Any, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Rows [start, stop) of one request within a batch."""
+    """Rows [start, stop) of one request; they are the rows from `at` on in the batch."""
 
     item: Item
     start: int
     stop: int
+    at: int = 0
 
 
 @dataclass(slots=True)
@@ -85,6 +86,34 @@ class Batch:
         for part in self.parts:
             wanted.update(part.item.request.wanted)
         return [name for name in order if name in wanted]
+
+
+class Job:
+    """A permit on its way through the stages."""
+
+    __slots__ = (
+        "batch", "buffers", "error", "feeds", "outputs", "permit", "ready", "stage_ns", "unanswered",
+    )  # fmt: skip
+
+    def __init__(self, permit: Permit):
+        self.permit = permit
+        self.ready = False  # a helper has made and gathered its batch
+        self.batch: Batch | None = None
+        self.buffers: Feeds | None = None
+        self.feeds: Feeds = {}
+        self.outputs: dict[str, Array] = {}
+        self.error: RequestError | None = None
+        self.stage_ns: dict[str, int] = {}
+        self.unanswered = 0  # slices of its parts that helpers still answer
+
+
+def batch_of(parts: Sequence[Part]) -> Batch:
+    """A batch of these parts, one behind the other."""
+    batch = Batch([], 0)
+    for part in parts:
+        batch.parts.append(Part(part.item, part.start, part.stop, batch.rows))
+        batch.rows += part.stop - part.start
+    return batch
 
 
 class RequestQueue:
@@ -127,7 +156,7 @@ class RequestQueue:
                 heapq.heappop(heap)
                 self.requests -= 1
             taken = min(left, room) if item.batched else 1
-            batch.parts.append(Part(item, item.taken_rows, item.taken_rows + taken))
+            batch.parts.append(Part(item, item.taken_rows, item.taken_rows + taken, batch.rows))
             item.taken_rows += taken
             batch.rows += taken
             self.rows -= taken
@@ -186,24 +215,24 @@ class RequestQueue:
         return items
 
 
-def split_outputs(batch: Batch, names: Sequence[str], arrays: Sequence[Array]) -> None:
-    """Put each request's rows of the outputs into its parts. Raises RunError where rows do not follow."""
-    if batch.batched:
-        for name, array in zip(names, arrays, strict=True):
-            if not array.ndim or array.shape[0] != batch.rows:
-                raise RunError(
-                    f"output {name!r} has shape {list(array.shape)} for a batch of {batch.rows} rows: the "
-                    f"model does not batch; set max_batch_size: 0"
-                )
-    at = 0
-    for part in batch.parts:
-        rows = part.stop - part.start
-        if batch.batched and len(batch.parts) > 1:
-            outputs = {name: array[at : at + rows] for name, array in zip(names, arrays, strict=True)}
-        else:
-            outputs = dict(zip(names, arrays, strict=True))
-        part.item.parts[part.start] = outputs
-        at += rows
+def check_rows(batch: Batch, outputs: Mapping[str, Array]) -> None:
+    """Raise RunError where an output has not a row for each row of the batch."""
+    if not batch.batched:
+        return
+    for name, array in outputs.items():
+        if not array.ndim or array.shape[0] != batch.rows:
+            raise RunError(
+                f"output {name!r} has shape {list(array.shape)} for a batch of {batch.rows} rows: the "
+                f"model does not batch; set max_batch_size: 0"
+            )
+
+
+def outputs_of(batch: Batch, part: Part, outputs: Mapping[str, Array]) -> dict[str, Array]:
+    """The rows of a part in the outputs of its batch, as views."""
+    if len(batch.parts) == 1:
+        return dict(outputs)
+    end = part.at + part.stop - part.start
+    return {name: array[part.at : end] for name, array in outputs.items()}
 
 
 def assemble(item: Item) -> dict[str, Array]:

@@ -19,16 +19,25 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 
-from dstack_backend.batching import Batch, Item, Part, RequestQueue, assemble, split_outputs
+from dstack_backend.batching import (
+    Batch,
+    Item,
+    Job,
+    Part,
+    RequestQueue,
+    assemble,
+    batch_of,
+    check_rows,
+    outputs_of,
+)
 from dstack_backend.errors import CancelledError, RejectedError, RequestError, RunError, one_line
-from dstack_backend.interfaces import Feeds, Gate, Permit, Request, Run
+from dstack_backend.interfaces import Gate, Permit, Request, Run
 from dstack_backend.staging import Staging
 from dstack_backend.stats import Stats
-from dstack_backend.tensors import Array
 
 BEST_EFFORT_US = 3_600_000_000  # the deadline of a request without one: it never counts as late
 CANCEL_CHECK_AFTER_US = 5_000  # asking Triton costs a round trip; a request this young is rarely cancelled
-HELPERS = 2
+HELPERS = 3  # one gathers, two answer
 FIRST_RUN_US = 10_000  # what a run is expected to take before any was seen
 DRAIN_S = 20.0
 STOP_S = 5.0
@@ -39,23 +48,6 @@ log = logging.getLogger("dstack")
 def monotonic_us() -> int:
     """CLOCK_MONOTONIC, microseconds: the clock that all processes of a host share."""
     return time.monotonic_ns() // 1000
-
-
-class _Job:
-    """A permit on its way through the stages."""
-
-    __slots__ = ("arrays", "batch", "buffers", "error", "feeds", "names", "permit", "ready", "stage_ns")
-
-    def __init__(self, permit: Permit):
-        self.permit = permit
-        self.ready = False  # a helper has made and gathered its batch
-        self.batch: Batch | None = None
-        self.buffers: Feeds | None = None
-        self.feeds: Feeds = {}
-        self.names: list[str] = []
-        self.arrays: list[Array] = []
-        self.error: RequestError | None = None
-        self.stage_ns: dict[str, int] = {}
 
 
 class Executor:
@@ -100,8 +92,8 @@ class Executor:
         self._drained = threading.Condition(self._lock)  # close() waits for the last answer
         self._queue = RequestQueue()
         self._permits: deque[Permit] = deque()
-        self._ahead: _Job | None = None  # being gathered by a helper, runs next
-        self._finished: deque[_Job] = deque()  # to be answered by a helper
+        self._ahead: Job | None = None  # being gathered by a helper, runs next
+        self._finished: deque[tuple[Job, list[Part]]] = deque()  # to be answered by helpers
         self._running = False
         self._in_flight = 0  # requests accepted and not yet settled
         self._closing = False
@@ -205,7 +197,7 @@ class Executor:
                 job.error = RunError(f"{type(error).__name__}: {one_line(error)}")
             self._finish(job)
 
-    def _next_job(self) -> _Job | None:
+    def _next_job(self) -> Job | None:
         """The next permit; where a helper makes its batch already, once that is gathered."""
         with self._lock:
             self._running = False
@@ -214,7 +206,7 @@ class Executor:
                     if self._ahead.ready:
                         break
                 elif self._permits:
-                    self._ahead = _Job(self._permits.popleft())
+                    self._ahead = Job(self._permits.popleft())
                     break
                 elif self._stopped:
                     return None
@@ -225,7 +217,7 @@ class Executor:
                 self._helpers_wake.notify()
             return job
 
-    def _execute(self, job: _Job) -> None:
+    def _execute(self, job: Job) -> None:
         """Run the batch; give it back to the queue where its permit is void."""
         batch = job.batch
         if batch is None:
@@ -238,10 +230,12 @@ class Executor:
             return
         if job.error is not None:
             return
-        job.names = batch.outputs_wanted(self._output_names)
+        names = batch.outputs_wanted(self._output_names)
         started_ns = time.perf_counter_ns()
         try:
-            job.arrays = self._run(job.feeds, job.names)
+            arrays = self._run(job.feeds, names)
+            job.outputs = dict(zip(names, arrays, strict=True))
+            check_rows(batch, job.outputs)
         except RequestError as error:
             job.error = error
         job.stage_ns["run"] = time.perf_counter_ns() - started_ns
@@ -249,7 +243,7 @@ class Executor:
     def _expected_us(self, rows: int) -> int:
         return self._run_us.get(rows) or max(self._run_us.values(), default=FIRST_RUN_US)
 
-    def _finish(self, job: _Job) -> None:
+    def _finish(self, job: Job) -> None:
         """The device is free: tell the gate before any client is answered, then see to the answers."""
         batch, now_us = job.batch, self._now_us()
         run_us = job.stage_ns.get("run", 0) // 1000
@@ -265,14 +259,17 @@ class Executor:
             self.stats.stage_ns.update(job.stage_ns)
             alone = not self._permits and self._ahead is None and not self._queue.rows
             if not alone or len(batch.parts) > 1:
-                self._finished.append(job)
-                self._helpers_wake.notify()
+                slices = min(HELPERS, len(batch.parts))
+                job.unanswered = slices
+                self._finished.extend((job, batch.parts[index::slices]) for index in range(slices))
+                self._helpers_wake.notify(slices)
                 return
-        self._respond(job, batch)
+        job.unanswered = 1
+        self._respond(job, batch.parts)
 
     # Making batches: the device thread, or a helper while a batch runs
 
-    def _make_batch(self, job: _Job) -> None:
+    def _make_batch(self, job: Job) -> None:
         """Take a batch from the queue; none where nothing waits."""
         while True:
             with self._lock:
@@ -295,11 +292,9 @@ class Executor:
             if not item.settled and item.arrival_us <= old_us and item.request.is_cancelled():
                 self._settle(item, CancelledError("cancelled by the client"))
         kept = [part for part in batch.parts if not part.item.settled]
-        if len(kept) == len(batch.parts):
-            return batch
-        return Batch(kept, sum(part.stop - part.start for part in kept))
+        return batch if len(kept) == len(batch.parts) else batch_of(kept)
 
-    def _gather(self, job: _Job) -> None:
+    def _gather(self, job: Job) -> None:
         batch = job.batch
         if batch is None:
             return
@@ -313,9 +308,10 @@ class Executor:
     # Helpers
 
     def _helper_loop(self) -> None:
-        while (job := self._next_help()) is not None:
-            if job.batch is not None:
-                self._respond(job, job.batch)
+        while (help_wanted := self._next_help()) is not None:
+            job, parts = help_wanted
+            if parts:
+                self._respond(job, parts)
                 continue
             try:
                 self._make_batch(job)
@@ -326,34 +322,36 @@ class Executor:
                 job.ready = True
                 self._device_wakes.notify()
 
-    def _next_help(self) -> _Job | None:
-        """A job to gather, where one runs, the next has its permit and would be full; else one to answer."""
+    def _next_help(self) -> tuple[Job, list[Part]] | None:
+        """A job to gather (no parts) where one runs and the next batch is full and permitted; else parts of a
+        job to answer."""
         with self._lock:
             while True:
                 may_gather = self._running and self._ahead is None and self._permits
                 if may_gather and self._queue.rows >= self._permits[0].batch_size:
-                    self._ahead = _Job(self._permits.popleft())
-                    return self._ahead
+                    self._ahead = Job(self._permits.popleft())
+                    return self._ahead, []
                 if self._finished:
                     return self._finished.popleft()
                 if self._stopped:
                     return None
                 self._helpers_wake.wait()
 
-    def _respond(self, job: _Job, batch: Batch) -> None:
+    def _respond(self, job: Job, parts: Sequence[Part]) -> None:
+        """Answer some of a job's parts; whoever answers the last ones gives its buffers back."""
         started_ns = time.perf_counter_ns()
-        if job.error is None:
-            try:
-                split_outputs(batch, job.names, job.arrays)
-            except RequestError as error:
-                job.error = error
-        for part in batch.parts:
+        assert job.batch is not None
+        for part in parts:
             if job.error is not None:
                 self._settle(part.item, job.error)
-            elif self._is_whole(part):
+                continue
+            part.item.parts[part.start] = outputs_of(job.batch, part, job.outputs)
+            if self._is_whole(part):
                 self._settle(part.item, None)
         with self._lock:
-            self._staging.release(batch, job.buffers)
+            job.unanswered -= 1
+            if not job.unanswered:
+                self._staging.release(job.batch, job.buffers)
             self.stats.stage_ns["respond"] += time.perf_counter_ns() - started_ns
 
     def _is_whole(self, part: Part) -> bool:
