@@ -5,32 +5,30 @@ follow that rule, whole numbers with sum n = G. The limits of one GPU (joint_mod
 of a rule together, so equal GPUs need no names. It is a relaxation: models are small against a GPU, so little
 is lost, and no symmetry is left to search through.
 
-Packed: the rules are given to single GPUs as the pooled answer counted them, and a second program places
-every model on one of them; candidates are chosen afresh.
+Packed (joint_pack.py): the rules are given to single GPUs as the pooled answer counted them, and a second
+program places every model on one of them; candidates are chosen afresh.
 
-The bound is pooled too, with every rule widened to reach the next longer one (and n[r] real on several GPUs),
-so that it holds for all rounds and not only for those tried; gap = (value - bound) / value.
+The bound is pooled too, with every rule widened to reach the next longer one and n[r] real, so that it holds
+for all rounds and not only for those tried; gap = (value - bound) / value.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from itertools import pairwise
 
 import numpy as np
 
 from dstack_sched.policy.candidates import Candidate, JointTask
+from dstack_sched.policy.joint_pack import members, pack, widened
 from dstack_sched.policy.joint_rows import (
     Answer,
-    Kind,
     Limits,
     Round,
     Rows,
     Solved,
     choose_rounds,
     cost_of,
-    fits_round,
     replica_key,
     size,
     solve_program,
@@ -39,7 +37,6 @@ from dstack_sched.policy.monotone import Array
 
 # Room left in the pool, so that whole models can be packed; tried in turn.
 _ROOM = (0.97, 0.9, 0.8)
-_ROOM_ON_ONE = (1.0, 0.97, 0.9)
 _SUPPORT = 1e-6
 
 
@@ -62,7 +59,7 @@ def solve_pooled(
         if bound.status == "infeasible":
             return Answer("infeasible", bound=np.inf)
         lowest = bound.bound
-    for room in _ROOM_ON_ONE if limits.gpus == 1 else _ROOM:
+    for room in _ROOM:
         pool = Pool(tasks, options, limits, [(r, r.limit) for r in rules], room=room)
         pooled = pool.solve(gap=gap, time_limit_s=time_limit_s)
         if pooled.values is None:
@@ -81,19 +78,10 @@ def _bound(
     rules: Sequence[Round],
     time_limit_s: float,
 ) -> Solved:
-    """The least demand of the pooled program with widened rules; on several GPUs, all variables real."""
-    wide: list[tuple[Round, float]] = []
-    kinds: tuple[Kind, ...] = ("side", "alone", "work", "serial")
-    for kind in kinds:
-        same = [r for r in rules if r.kind == kind]
-        if kind in ("side", "alone"):
-            wide += [(r, r.limit) for r in same]
-        elif same:
-            wide += [(Round(kind, 0.0), same[0].limit)]
-            wide += [(shorter, longer.limit) for shorter, longer in pairwise(same)]
-            wide.append((same[-1], same[-1].limit))
+    """The least demand of the pooled program with widened rules, all variables real."""
+    wide = [(members, r.limit) for members, r in widened(rules)]
     pool = Pool(tasks, options, limits, wide, room=1.0)
-    return pool.solve(gap=1e-3, time_limit_s=time_limit_s, real=limits.gpus > 1)
+    return pool.solve(gap=1e-3, time_limit_s=time_limit_s, real=True)
 
 
 class Pool:
@@ -112,8 +100,7 @@ class Pool:
         self.columns: list[tuple[int, int, int]] = []  # (model, candidate, rule)
         for r, (rule, _) in enumerate(rules):
             for m, items in enumerate(options):
-                fitting = [k for k, c in enumerate(items) if fits_round(c, rule, limits)]
-                self.columns.extend((m, k, r) for k in _undominated(items, fitting, rule.kind))
+                self.columns.extend((m, k, r) for k in members(items, rule, limits))
         self.n0 = len(self.columns)
         self.total = self.n0 + len(rules)
         self.pick: dict[tuple[int, tuple[float, int, int]], int] = {}
@@ -185,20 +172,6 @@ class Pool:
         )
 
 
-def _undominated(items: Sequence[Candidate], fitting: Sequence[int], kind: Kind) -> list[int]:
-    """Under one rule only demand and the part of its limit count: those that no other beats in both."""
-    kept: list[int] = []
-    found: dict[tuple[int, bool], float] = {}
-    for k in sorted(fitting, key=lambda k: (items[k].demand_percent, size(items[k], kind))):
-        group = (items[k].replicas, items[k].alone)
-        taken = 0.0 if kind == "alone" else size(items[k], kind)
-        # Replicas must all run as one (p, b), under other rules too: none of theirs is left out.
-        if items[k].replicas > 1 or group not in found or taken < found[group] * (1 - 1e-9):
-            found[group] = min(taken, found.get(group, np.inf))
-            kept.append(k)
-    return kept
-
-
 def _pack(pool: Pool, values: Array, gap: float, time_limit_s: float) -> Answer:
     """Every model to single GPUs whose rules are those that the pool counted."""
     limits, options = pool.limits, pool.options
@@ -214,61 +187,10 @@ def _pack(pool: Pool, values: Array, gap: float, time_limit_s: float) -> Answer:
             for g, r in enumerate(rule_of)
             for m, items in enumerate(options)
             if not narrow or r in used[m]
-            for k in _undominated(
-                items,
-                [k for k, c in enumerate(items) if fits_round(c, pool.rules[r][0], limits)],
-                pool.rules[r][0].kind,
-            )
+            for k in members(items, pool.rules[r][0], limits)
         ]
-        answer = _packed(pool, columns, rule_of, gap, time_limit_s)
+        rules = [pool.rules[r] for r in rule_of]
+        answer = pack(pool.tasks, options, limits, columns, rules, gap=gap, time_limit_s=time_limit_s)
         if answer.chosen:
             return answer
     return Answer("failed")
-
-
-def _packed(
-    pool: Pool, columns: list[tuple[int, int, int]], rule_of: list[int], gap: float, time_limit_s: float
-) -> Answer:
-    options, limits, below, equal = pool.options, pool.limits, Rows(), Rows()
-    by_model: dict[int, list[int]] = defaultdict(list)
-    by_gpu: dict[int, list[int]] = defaultdict(list)
-    for i, (m, _, g) in enumerate(columns):
-        by_model[m].append(i)
-        by_gpu[g].append(i)
-    found = [options[m][k] for m, k, _ in columns]
-    total = len(columns)
-    for m in range(len(pool.tasks)):
-        mine = by_model[m]
-        if all(options[m][k].replicas == 1 for k in range(len(options[m]))):
-            equal.add(mine, [1.0] * len(mine), 1.0)
-            continue
-        keys = dict.fromkeys(replica_key(found[i]) for i in mine)
-        equal.add(range(total, total + len(keys)), [1.0] * len(keys), 1.0)
-        for j, key in enumerate(keys):
-            same = [i for i in mine if replica_key(found[i]) == key]
-            equal.add([*same, total + j], [1.0] * len(same) + [-float(key[2])], 0.0)
-        total += len(keys)
-        for g in by_gpu:
-            here = [i for i in mine if columns[i][2] == g]
-            below.add(here, [1.0] * len(here), 1.0)
-    for g, here in by_gpu.items():
-        rule, limit = pool.rules[rule_of[g]]
-        if "capacity" not in limits.relaxed:
-            below.add(here, [found[i].demand_percent for i in here], limits.capacity_percent)
-        if "memory" not in limits.relaxed:
-            memory = [pool.tasks[columns[i][0]].memory_bytes / limits.memory_bytes for i in here]
-            below.add(here, memory, 1.0)
-        most = 1.0 if rule.kind == "alone" else float(limits.max_clients)
-        if "clients" not in limits.relaxed or rule.kind == "alone":
-            below.add(here, [1.0] * len(here), most)
-        if rule.kind != "alone":
-            below.add(here, [size(found[i], rule.kind) for i in here], limit)
-    cost = np.zeros(total)
-    cost[: len(columns)] = [cost_of(pool.tasks[m], c) for (m, _, _), c in zip(columns, found, strict=True)]
-    solved = solve_program(
-        cost, below, equal, range(total), np.ones(total), gap=max(gap, 1e-3), time_limit_s=time_limit_s
-    )
-    if solved.values is None:
-        return Answer(solved.status)
-    chosen = tuple(columns[i] for i in np.nonzero(solved.values[: len(columns)] > 0.5)[0])
-    return Answer(solved.status, chosen, float(cost @ solved.values), solved.bound)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from dstack_sched.policy.candidates import Candidate, JointTask, candidates
 from dstack_sched.policy.interference import Interference
 from dstack_sched.policy.joint_model import JointModel
+from dstack_sched.policy.joint_pack import solve_one_gpu
 from dstack_sched.policy.joint_pool import solve_pooled
 from dstack_sched.policy.joint_rows import Answer, Limits
 
@@ -220,15 +221,8 @@ def _fit(
         model = JointModel(tasks, options, limits, _FULL_ROUNDS)
         answer = model.solve(gap=gap, time_limit_s=time_limit_s)
     else:
-        answer = solve_pooled(
-            tasks,
-            options,
-            limits,
-            rounds=_POOL_ROUNDS if setting.gpus > 1 else _ONE_GPU_ROUNDS,
-            gap=gap,
-            time_limit_s=time_limit_s,
-            prove=prove,
-        )
+        solve, rounds = (solve_pooled, _POOL_ROUNDS) if setting.gpus > 1 else (solve_one_gpu, _ONE_GPU_ROUNDS)
+        answer = solve(tasks, options, limits, rounds=rounds, gap=gap, time_limit_s=time_limit_s, prove=prove)
     return _plan(tasks, options, answer, limits) if answer.chosen else None
 
 
