@@ -29,6 +29,7 @@ READY_POLL_S = 0.05
 EXIT_TIMEOUT_S = 10  # Triton's own limit for requests in flight at shutdown
 START_ATTEMPTS = 3  # a port that we chose may be taken before Triton binds it
 LOG_LINE = re.compile(r"^[EF]\d{4} [\d:.]+ \d+ \S+\] (?P<message>.*)$")
+OTHER_ERROR = re.compile(r"^error:|tritonserver: |error while loading", re.IGNORECASE)
 PORT_TAKEN = re.compile(r"address already in use|failed to listen|socket .*unavailable", re.IGNORECASE)
 
 
@@ -201,6 +202,6 @@ def last_log_error(log_path: Path, tail_bytes: int = 65536) -> str:
         match = LOG_LINE.match(line)
         if match:
             return match.group("message").strip('"')
-        if line.startswith(("error:", "Error:", "Traceback")) or "error while loading" in line:
+        if OTHER_ERROR.search(line):
             return line
     return lines[-1] if lines else ""
