@@ -75,11 +75,13 @@ class _Case:
 def make_plan(profiles: ProfileSet, workload: Workload, options: PlanOptions = PlanOptions()) -> Plan:
     """The plan for the workload; one that does not fit gives a plan with feasible False (domain/plan.py).
 
-    Errors: InputError for a model without a profile or an option out of range.
+    Errors: InputError for a model without a profile, an SLO below its fastest run, or an option out of range.
     """
     case = _case(profiles, workload, options)
     for task in case.tasks:
         fastest = float(task.surface.latency_ms(task.grid.percents[-1], task.grid.batches[0]))
+        if task.slo_ms is not None and fastest > task.slo_ms:
+            raise InputError(slo_too_short(task.surface, task.slo_ms, task.grid))
         if task.slo_ms is not None and 2 * fastest > task.slo_ms:
             return _nothing(case, slo_too_short(task.surface, task.slo_ms, task.grid))
     if options.objective == "efficacy":
