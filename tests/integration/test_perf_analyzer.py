@@ -40,8 +40,10 @@ def test_stock_command_line(server: TritonProcess, model: str, protocol: str, me
     """As anybody would call it: the model's name, and nothing about its tensors."""
     url = server.grpc_url if protocol == "grpc" else server.http_url
     run = subprocess.run(
-        [str(find_perf_analyzer()), "-m", model, "-i", protocol, "-u", url, "--shared-memory", memory]
-        + ["--request-count", "10"],
+        [
+            str(find_perf_analyzer()), "-m", model, "-i", protocol, "-u", url, "--shared-memory", memory,
+            "--request-count", "10",
+        ],
         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, timeout=60,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout
