@@ -110,7 +110,7 @@ def test_a_file_that_is_no_stub_is_refused(tmp_path: Path) -> None:
 def test_the_wheel_s_own_libpython_counts(tmp_path: Path) -> None:
     """The wheel's stub for 3.13 names a copy with a hash in its name."""
     stub = tmp_path / STUB
-    stub.write_bytes(b"..libpython3-419a3a08.13.so.1.0\0..")
+    stub.write_bytes(b"..libpython3.13.so.1.0\0..libpython3-419a3a08.13.so.1.0\0..")
     (tmp_path / "libpython3-419a3a08.13.so.1.0").touch()
     assert find_libpython(stub, (tmp_path,)).name == "libpython3-419a3a08.13.so.1.0"
 

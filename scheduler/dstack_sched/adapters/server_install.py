@@ -103,11 +103,14 @@ def find_stub(root: Path) -> Path:
 
 
 def stub_python(stub: Path) -> tuple[str, str]:
-    """File name and version of the libpython that a stub loads, as its dynamic section names it."""
-    match = LIBPYTHON.search(stub.read_bytes())
-    if match is None:
+    """File name and version of the libpython that a stub loads, as its dynamic section names it.
+
+    A wheel's stub may hold two names: where it brings a copy, with a hash in its name, it loads that one.
+    """
+    matches = sorted(LIBPYTHON.finditer(stub.read_bytes()), key=lambda match: b"-" not in match.group(0))
+    if not matches:
         raise MachineError(f"{stub}: not a Python backend stub (names no libpython); reinstall Triton")
-    return match.group(0).decode(), f"3.{match.group(1).decode()}"
+    return matches[0].group(0).decode(), f"3.{matches[0].group(1).decode()}"
 
 
 def find_libpython(stub: Path, own_dirs: tuple[Path, ...] = ()) -> Path:
