@@ -42,10 +42,13 @@ def random_shape(rng: np.random.Generator) -> Posynomial:
     return Posynomial(tuple(float(x) for x in a))
 
 
-def random_surface(rng: np.random.Generator, name: str = "m", noise: float = 0.0) -> LatencySurface:
+def random_surface(
+    rng: np.random.Generator, name: str = "m", noise: float = 0.0, largest_batch: int = 32
+) -> LatencySurface:
     """A surface from 3 to 6 GPU% and 2 to 4 batch sizes; noise above about 0.1 makes it a grid."""
     percents = np.sort(rng.choice(np.arange(5, 100), rng.integers(2, 6), replace=False))
-    batches = np.sort(rng.choice(np.arange(2, 33), rng.integers(1, 4), replace=False))
+    sizes = np.arange(2, largest_batch + 1)
+    batches = np.sort(rng.choice(sizes, min(int(rng.integers(1, 4)), sizes.size), replace=False))
     shape = random_shape(rng)
     return LatencySurface(name, points(shape, [*percents, 100], [1, *batches], rng, noise))
 

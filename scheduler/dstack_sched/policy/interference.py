@@ -4,7 +4,7 @@
 
 k_m >= 0 is the slowdown that co-runners of 100% cause, g >= 1 one exponent for the GPU. With g = 1 this is
 the formula of DESIGN section 3. On the H100 the slowdown grows faster than in proportion (decisions/
-0003-interference-exponent.md): g is fitted where co-runs were measured at three or more different q, else 1.
+0020-interference-exponent.md): g is fitted where co-runs were measured at three or more different q, else 1.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def fit_interference(
     upper = np.full_like(start, 100.0)
     lower = np.zeros_like(start)
     if free_exponent:
-        start[-1], lower[-1], upper[-1] = 1.5, 1.0, _MAX_EXPONENT
+        start[-1], lower[-1], upper[-1] = (1.0 + _MAX_EXPONENT) / 2, 1.0, _MAX_EXPONENT
     found = model(least_squares(residuals, start, bounds=(lower, upper)).x)
     return Interference(
         found.k,
