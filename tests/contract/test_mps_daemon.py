@@ -10,7 +10,7 @@ import pytest
 
 from dstack_sched.adapters import mps
 from dstack_sched.adapters.mps import LOG_VARIABLE, PIPE_VARIABLE, MpsDaemon
-from dstack_sched.errors import MachineError
+from dstack_sched.errors import InputError, MachineError
 
 CONTROL = """#!{python}
 import os, pathlib, signal, sys, time
@@ -34,7 +34,11 @@ def install_control(directory: Path, *, broken: bool = False) -> dict[str, str]:
     program = directory / "nvidia-cuda-mps-control"
     program.write_text(CONTROL.format(python=sys.executable, broken=broken))
     program.chmod(0o755)
-    return {"PATH": f"{directory}:{os.environ['PATH']}", PIPE_VARIABLE: str(directory / "usual-pipe")}
+    return {
+        "PATH": f"{directory}:{os.environ['PATH']}",
+        PIPE_VARIABLE: str(directory / "usual-pipe"),
+        "XDG_RUNTIME_DIR": str(directory / "runtime"),
+    }
 
 
 @pytest.fixture(autouse=True)
@@ -68,6 +72,28 @@ def test_an_existing_daemon_is_used_and_never_stopped(tmp_path: Path) -> None:
     assert not daemon.owned and daemon.failure() is None
     daemon.stop()
     assert (theirs / "control").exists()
+
+
+def test_one_that_another_dstackctl_started_is_found_and_left_to_it(tmp_path: Path) -> None:
+    """Guards against a profiler beside `serve` that would start a second daemon, or measure without one."""
+    environ = install_control(tmp_path / "bin")
+    first, second = (MpsDaemon(tmp_path / "mps.log", environ) for _ in range(2))
+    environment = first.start()
+    try:
+        assert second.start()[PIPE_VARIABLE] == environment[PIPE_VARIABLE]
+        assert first.owned and not second.owned
+        second.stop()
+        assert first.running()
+    finally:
+        first.stop()
+
+
+def test_a_runtime_directory_that_others_can_write_is_refused(tmp_path: Path) -> None:
+    environ = install_control(tmp_path / "bin")
+    (tmp_path / "bin" / "runtime" / "dstack").mkdir(parents=True)
+    (tmp_path / "bin" / "runtime" / "dstack").chmod(0o777)
+    with pytest.raises(InputError, match="nobody else can write"):
+        MpsDaemon(tmp_path / "mps.log", environ).start()
 
 
 def test_a_dead_daemon_is_seen_and_comes_back_where_its_clients_look(tmp_path: Path) -> None:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 import subprocess
-import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from dstack_backend.endpoint import runtime_dir
 from dstack_sched.adapters.kept_process import KeptProcess
-from dstack_sched.errors import MachineError
+from dstack_sched.errors import InputError, MachineError
 
 CONTROL = "nvidia-cuda-mps-control"
 GPU_DEVICE = Path("/dev/nvidiactl")
@@ -23,17 +24,20 @@ QUIT_TIMEOUT_S = 10.0
 
 
 class MpsDaemon:
-    """ports.MpsControl. Ours runs in the foreground under a keeper, in private pipe and log directories.
+    """ports.MpsControl. Ours runs in the foreground under a keeper, in pipe and log directories of this user.
 
-    Where $CUDA_MPS_PIPE_DIRECTORY (or NVIDIA's default) already has a daemon that answers, that one is used
-    and never stopped. Errors: MachineError.
+    A daemon that already answers, in $CUDA_MPS_PIPE_DIRECTORY, in NVIDIA's default place or in ours (another
+    dstackctl on this host started it), is used and never stopped. Errors: MachineError, InputError.
     """
 
     def __init__(self, log_path: Path, environ: Mapping[str, str] = os.environ) -> None:
         self.log_path = log_path
         self._environ = dict(environ)
         self._process: KeptProcess | None = None
-        self._pipe_dir = Path(environ.get(PIPE_VARIABLE, DEFAULT_PIPE_DIR))
+        self._own_dir = runtime_dir(environ) / "mps"
+        named = environ.get(PIPE_VARIABLE)
+        self._usual_dirs = [Path(named) if named else DEFAULT_PIPE_DIR, self._own_dir]
+        self._pipe_dir = self._usual_dirs[0]
 
     @property
     def name(self) -> str:
@@ -49,8 +53,13 @@ class MpsDaemon:
         return GPU_DEVICE.exists() and shutil.which(CONTROL, path=self._environ.get("PATH")) is not None
 
     def running(self) -> bool:
-        """Whether a daemon answers in the pipe directory in use."""
-        return self.available() and self._ask("get_server_list") is not None
+        """Whether a daemon answers: ours, or one in the usual places, which is then the one in use."""
+        if not self.available():
+            return False
+        if self._process is None:
+            answering = (each for each in self._usual_dirs if self._answers(each))
+            self._pipe_dir = next(answering, self._own_dir)
+        return self._answers(self._pipe_dir)
 
     def start(self) -> Mapping[str, str]:
         """Start it if need be; the environment that clients need. {} where there is no GPU."""
@@ -63,12 +72,13 @@ class MpsDaemon:
         return {PIPE_VARIABLE: str(self._pipe_dir), LOG_VARIABLE: str(self._pipe_dir / "log")}
 
     def _start_own(self) -> None:
-        if self._process is None:
-            self._pipe_dir = Path(tempfile.mkdtemp(prefix="dstack-mps-"))
-        else:  # it died: a new one in a fresh directory of the same name, which its clients know
+        """In a fresh directory, always of the same name: clients of one that died find the new one there."""
+        if self._process is not None:
             self._process.stop()
-            self._pipe_dir.mkdir(mode=0o700)
-        (self._pipe_dir / "log").mkdir()
+        self._pipe_dir = self._own_dir
+        private_directory(self._own_dir.parent)
+        shutil.rmtree(self._own_dir, ignore_errors=True)
+        (self._own_dir / "log").mkdir(parents=True, mode=0o700)
         self._process = KeptProcess(
             [CONTROL, "-f"],
             log_path=self.log_path,
@@ -93,7 +103,7 @@ class MpsDaemon:
     def stop(self) -> None:
         """Stop our daemon, if it is ours: asked first, so that its server process ends in order."""
         if self._process is not None:
-            self._ask(f"quit -t {QUIT_TIMEOUT_S:.0f}", timeout_s=QUIT_TIMEOUT_S + 5.0)
+            self._ask(f"quit -t {QUIT_TIMEOUT_S:.0f}", self._pipe_dir, timeout_s=QUIT_TIMEOUT_S + 5.0)
             self._process.stop()
             self._process = None
 
@@ -104,7 +114,10 @@ class MpsDaemon:
             LOG_VARIABLE: str(self._pipe_dir / "log"),
         }
 
-    def _ask(self, command: str, timeout_s: float = 5.0) -> str | None:
+    def _answers(self, pipe_dir: Path) -> bool:
+        return pipe_dir.is_dir() and self._ask("get_server_list", pipe_dir) is not None
+
+    def _ask(self, command: str, pipe_dir: Path, timeout_s: float = 5.0) -> str | None:
         """The daemon's answer to one control command; None when none answers."""
         try:
             run = subprocess.run(
@@ -113,8 +126,16 @@ class MpsDaemon:
                 text=True,
                 capture_output=True,
                 timeout=timeout_s,
-                env=self._client_environment(),
+                env={**self._environ, PIPE_VARIABLE: str(pipe_dir)},
             )
         except (OSError, subprocess.TimeoutExpired):
             return None
         return run.stdout if run.returncode == 0 else None
+
+
+def private_directory(path: Path) -> None:
+    """Make it (0700), or check that it is ours alone: others must not plant sockets there."""
+    path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    found = path.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+        raise InputError(f"{path}: must be a directory of yours that nobody else can write (chmod 700)")
