@@ -22,7 +22,7 @@ from dstack_sched.cli.common import say
 from dstack_sched.errors import ServerError
 
 LOG_LIMIT_BYTES = 10 << 20
-LOOK_AGAIN_S = 0.2
+LOOK_AGAIN_S = 0.5
 
 
 @dataclass(frozen=True)
