@@ -165,7 +165,7 @@ class FakeSteps:
             raise self.fail
         total = sum(model.rate_per_s for model in workload.models)
         rows = {m.name: row(round(100 * m.rate_per_s / total)) for m in workload.models}
-        return Plan(100.0, ("cpu",), rows, total < 200, ("a",), 200 / total)
+        return Plan(100.0, ("cpu",), rows, total < 200, ("a: too much",), 200 / total)
 
     def apply(self, plan: Plan, profiles: ProfileSet, workload: Workload) -> ApplyReport:
         changed = [m for m, r in plan.models.items() if self.in_force.get(m) != r]
@@ -238,7 +238,7 @@ def test_an_infeasible_start_is_an_error_and_a_later_one_keeps_the_plan(bench: B
     current = bench.watch(first, 120)
     assert current is first
     assert len(bench.steps.applied) == 1
-    assert "no new plan: no plan meets every SLO" in bench.log.last(1)[0]["reason"]
+    assert "no new plan: a: too much" in bench.log.last(1)[0]["reason"]
     stated = Workload((ModelDemand("a", 50.0, 900.0),))
     loop = ControlLoop(bench.steps, bench.server, bench.clock, bench.log, stated)
     with pytest.raises(InfeasibleError):

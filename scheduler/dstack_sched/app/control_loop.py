@@ -115,7 +115,7 @@ class ControlLoop:
     def _round(self, profiles: ProfileSet, workload: Workload, reason: str) -> Round:
         plan = self._steps.plan(profiles, workload)
         if not plan.feasible:
-            raise InfeasibleError(f"no plan meets every SLO: {'; '.join(plan.binding)}")
+            raise InfeasibleError(plan.binding[0] if plan.binding else "no plan meets every SLO")
         stated = self._steps.stated(plan)
         why = worth_applying(stated, plan, self._settings)
         summary: dict[str, Any] = {

@@ -125,7 +125,7 @@ def run(
             SystemClock(),
             FileDecisionLog(state),
             wanted,
-            settings=replace(ReplanSettings(), window_s=window_s, cooldown_s=cooldown_s),
+            settings=replace(ReplanSettings(), window_s=window_s, hold_s=window_s / 2, cooldown_s=cooldown_s),
             dry_run=dry_run,
             say=say,
         )
