@@ -7,7 +7,7 @@ import pytest
 
 from dstack_backend.batching import Batch, Item, RequestQueue, assemble, check_rows, outputs_of
 from dstack_backend.errors import RequestError, RunError
-from dstack_backend.staging import MAX_KEYS, Staging
+from dstack_backend.staging import ALIGNMENT, MAX_KEYS, Staging
 from fakes.backend import FakeRequest
 
 
@@ -160,18 +160,29 @@ def test_only_wanted_outputs_run_and_go_back() -> None:
     assert [set(assemble(part.item)) for part in batch.parts] == [{"z"}, {"y"}]
 
 
-def test_gathering_reuses_buffers_and_a_lone_request_is_not_copied() -> None:
+def test_gathering_reuses_aligned_buffers() -> None:
     staging = Staging(4)
     queue = queue_of(item([1, 2]), item([3]))
     batch = queue.take(4)
     buffers = staging.lease(batch)
     feeds = staging.fill(batch, buffers)
     assert feeds["x"].ravel().tolist() == [1, 2, 3]
+    assert feeds["x"].ctypes.data % ALIGNMENT == 0
     staging.release(batch, buffers)
     assert staging.lease(batch) is buffers
-    lone = queue_of(item([5, 6])).take(4)
-    assert staging.lease(lone) is None
-    assert staging.fill(lone, None)["x"] is lone.parts[0].item.feeds["x"]
+
+
+@pytest.mark.parametrize("batched", [True, False])
+@pytest.mark.parametrize("dtype", [np.bool_, np.int8, np.float16, np.float64, np.object_])
+@pytest.mark.parametrize("shape", [(2, 3), (1, 0), (3, 1, 2)])
+def test_gathering_a_lone_request_of_any_kind(batched: bool, dtype, shape) -> None:
+    x = np.arange(np.prod(shape)).reshape(shape).astype(dtype)
+    batch = queue_of(item(x, batched=batched)).take(4)
+    staging = Staging(2)
+    fed = staging.fill(batch, staging.lease(batch))["x"]
+    assert fed.dtype == x.dtype
+    assert np.array_equal(fed, x)
+    assert not np.shares_memory(fed, x)
 
 
 def test_buffers_of_many_shapes_stay_bounded() -> None:

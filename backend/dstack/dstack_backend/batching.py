@@ -99,7 +99,7 @@ class Job:
         self.permit = permit
         self.ready = False  # a helper has made and gathered its batch
         self.batch: Batch | None = None
-        self.buffers: Feeds | None = None
+        self.buffers: Feeds = {}
         self.feeds: Feeds = {}
         self.outputs: dict[str, Array] = {}
         self.error: RequestError | None = None

@@ -1,15 +1,17 @@
-"""Tensors between Triton's Python stub and NumPy 2, where the stub was built for NumPy 1.
+"""Tensors between Triton's Python stub and NumPy: right under NumPy 2, and without copies of the inputs.
 
 Stubs up to Triton 24.10 (2.51), those of the nvidia-pytriton wheel among them, embed a pybind11 older than
 2.12. It reads a dtype's item size where NumPy 2 keeps the dtype's flags, and gets 0. So inputs come with
 strides of 0 (every element is the first, BYTES inputs kill the stub) and outputs with a size of 0 bytes.
-NumPy 1 is no way out: it has no wheels for Python 3.13, and cvxpy wants 2. Two bridges, each checked by tests
-on a real server, close the gap; on newer stubs and on NumPy 1 nothing is touched.
+NumPy 1 is no way out: it has no wheels for Python 3.13, and cvxpy wants 2. Under either NumPy it copies every
+input on Triton's thread, although the tensor behind it lives in shared memory as long as its request.
+Three bridges, each checked by tests on a real server; newer stubs are left as they are.
 
-- Inputs: pybind11 looks NumPy's function table up by name, once. It finds a copy whose PyArray_NewFromDescr
-  leaves the strides to NumPy, which knows the item size.
-- Outputs: numbers travel by DLPack. BYTES travel as a byte array of a private dtype that shows its item size,
-  1, where pybind11 looks, while the tensor is made.
+- Inputs: pybind11 looks NumPy's function table up by name, once. It finds a copy of the table whose
+  PyArray_NewFromDescr leaves the strides to NumPy, which knows the item size,
+- and whose PyArray_NewCopy hands the array that was made over a tensor just before back as it is: a view.
+- Outputs, under NumPy 2: numbers travel by DLPack. BYTES travel as a byte array of a private dtype that shows
+  its item size, 1, where pybind11 looks, while the tensor is made.
 """
 
 from __future__ import annotations
@@ -25,17 +27,20 @@ import numpy as np
 
 from dstack_backend.tensors import Array
 
-_NEW_FROM_DESCR = 94  # index in NumPy's function table, the same in NumPy 1 and 2
+_NEW_COPY, _NEW_FROM_DESCR = 85, 94  # indices in NumPy's function table, the same in NumPy 1 and 2
 _TABLE_SIZE = 400  # longer than the table of any NumPy 2; what lies behind it is copied, never called
 _FLAGS_OFFSET = 16 + 8 + 4 + 4  # PyArray_Descr of NumPy 2: head, typeobj, kind..flags, type_num, then flags
 _keep_alive: list[Any] = []
 
 
-def is_needed(executable: Path = Path("/proc/self/exe")) -> bool:
-    """True in a stub whose pybind11 does not know NumPy 2 (it has never heard of numpy._core)."""
-    if int(np.__version__.split(".")[0]) < 2:
-        return False
+def is_old(executable: Path = Path("/proc/self/exe")) -> bool:
+    """True for a stub whose pybind11 does not know NumPy 2 (it has never heard of numpy._core)."""
     return b"numpy._core" not in executable.read_bytes()
+
+
+def is_needed(executable: Path = Path("/proc/self/exe")) -> bool:
+    """True where tensors would come out wrong without the bridges: an old stub under NumPy 2."""
+    return int(np.__version__.split(".")[0]) >= 2 and is_old(executable)
 
 
 def install(pb_utils: Any) -> Callable[[str, Array], Any]:
@@ -43,11 +48,11 @@ def install(pb_utils: Any) -> Callable[[str, Array], Any]:
 
     Call it before the first request, which is when the stub looks NumPy up.
     """
+    if is_old() and not _keep_alive:
+        _patch_function_table()
     if not is_needed():
         return lambda name, array: pb_utils.Tensor(name, array)
-    if not _keep_alive:
-        _patch_function_table()
-        pb_utils.serialize_byte_tensor = _serialize
+    pb_utils.serialize_byte_tensor = _serialize
     return lambda name, array: _make_tensor(pb_utils, name, array)
 
 
@@ -63,19 +68,34 @@ def _patch_function_table() -> None:
     table_type = ctypes.c_void_p * _TABLE_SIZE
     table = table_type.from_buffer_copy(table_type.from_address(capsule_pointer(looked_up._ARRAY_API, None)))
     pointer, number = ctypes.c_void_p, ctypes.c_int
-    signature = ctypes.PYFUNCTYPE(
+    new_type = ctypes.PYFUNCTYPE(
         pointer, pointer, pointer, number, pointer, pointer, pointer, number, pointer
     )
-    original = signature(table[_NEW_FROM_DESCR] or 0)
+    copy_type = ctypes.PYFUNCTYPE(pointer, pointer, number)
+    new_original = new_type(table[_NEW_FROM_DESCR] or 0)
+    copy_original = copy_type(table[_NEW_COPY] or 0)
+    increase = ctypes.pythonapi.Py_IncRef
+    increase.restype, increase.argtypes = None, [pointer]
+    over_tensor = threading.local()  # .array: the last array this thread made over memory of the stub's
 
     def new_from_descr(  # type: ignore[no-untyped-def]
         subtype, descr, ndim, dims, strides, data, flags, obj
     ):
-        return original(subtype, descr, ndim, dims, None, data, flags, obj)
+        array = new_original(subtype, descr, ndim, dims, None, data, flags, obj)
+        over_tensor.array = array if data and not obj else None
+        return array
 
-    callback = signature(new_from_descr)
-    table[_NEW_FROM_DESCR] = ctypes.cast(callback, pointer).value
-    _keep_alive.extend([table, original, callback])
+    def new_copy(array, order):  # type: ignore[no-untyped-def]
+        if array != getattr(over_tensor, "array", None):
+            return copy_original(array, order)
+        over_tensor.array = None
+        increase(array)
+        return array
+
+    callbacks = new_type(new_from_descr), copy_type(new_copy)
+    table[_NEW_FROM_DESCR] = ctypes.cast(callbacks[0], pointer).value
+    table[_NEW_COPY] = ctypes.cast(callbacks[1], pointer).value
+    _keep_alive.extend([table, new_original, copy_original, callbacks])
     looked_up._ARRAY_API = capsule_new(ctypes.addressof(table), None, None)
 
 
