@@ -33,7 +33,6 @@ from dstack_sched.adapters.probe import CorunSeat, ModelProbe, ProbeSettings, me
 from dstack_sched.adapters.profile_files import profiles_json, read_profiles, write_profiles
 from dstack_sched.adapters.profile_store import FileProfileStore, model_sha256
 from dstack_sched.app.profiling import (
-    GPU_BATCHES,
     ProfilingOptions,
     ProfilingResult,
     candidate_batches,
@@ -149,8 +148,6 @@ class Study:
         exhaustive: bool = False,
     ) -> ProfilingResult | None:
         budget = self.left_s() if exhaustive else min(MODEL_BUDGET_S, self.left_s())
-        if settings.provider == "cuda":
-            settings = replace(settings, warm_up=self.options.batches or GPU_BATCHES)
         try:
             self.kernels[name] = self.kernels.get(name) or read_kernels(self.path(name))
             with ModelProbe(self.path(name), settings) as probe:
@@ -287,14 +284,14 @@ def main() -> int:
         if options.device == "cuda" and not daemon.available():
             raise MachineError("no GPU with nvidia-cuda-mps-control here; use --device cpu for a dry run")
         environment = dict(daemon.start()) if options.device == "cuda" else {}
-        settings = ProbeSettings(options.device, environment=environment, cap_s=0.4)
+        settings = ProbeSettings(options.device, environment=environment, cap_s=0.5)
         study.profile(settings)
         references = [name for name in options.exhaustive.split(",") if name in study.names]
         for name in references[:1]:
-            study.exhaustive(name, replace(settings, cap_s=0.3))
+            study.exhaustive(name, replace(settings, cap_s=0.4))
         study.corun(settings)
         for name in references[1:]:
-            study.exhaustive(name, replace(settings, cap_s=0.3))
+            study.exhaustive(name, replace(settings, cap_s=0.4))
     except (InputError, MachineError) as error:
         study.problem(str(error))
     finally:

@@ -177,3 +177,37 @@ def test_no_points_and_repeated_points_are_refused():
     twice = ProfilePoint(50, 1, 1.0, 1.1, 9)
     with pytest.raises(InputError, match="two points"):
         LatencySurface("m", [twice, twice])
+
+
+def test_unmeasured_cells_follow_what_the_points_around_them_are_off_the_formula():
+    """Twice as slow from batch 8 on: a cell between two such points is too, whatever the formula says."""
+    a = (0.5, 0.02, 8.0, 5.0)
+
+    def truth(p, b):
+        return float(Posynomial(a)(p, b)) * (2.0 if b >= 8 else 1.0)
+
+    percents = (10.0, 40.0, 100.0)
+    known = [
+        ProfilePoint(p, b, truth(p, b), truth(p, b), 9)
+        for p in percents
+        for b in (1, 4, 8, 16)
+        if (p, b) not in {(40.0, 8), (40.0, 4)}
+    ]
+    surface = LatencySurface("m", known)
+    assert surface.kind == "grid"
+    for batch in (4, 8):
+        assert float(surface.latency_ms(40.0, batch)) == pytest.approx(truth(40.0, batch), rel=0.12)
+
+
+def test_a_fit_that_misses_by_more_than_5_percent_is_not_trusted():
+    """Efficacy squares the error: on an H100 a fit within 9% chose 9% below the best (decision 0020)."""
+    surface = LatencySurface("m", points(Posynomial((0.8, 0.05, 17.0, 10.0)), PERCENTS, BATCHES))
+    bent = [
+        ProfilePoint(e.gpu_percent, e.batch_size, ms := float(surface.latency_ms(e.gpu_percent, e.batch_size))
+                     * (1.14 if (e.gpu_percent, e.batch_size) == (40.0, 4) else 1.0), ms, 9)
+        for e in surface.errors
+    ]  # fmt: skip
+    found = LatencySurface("m", bent)
+    assert 0.05 < found.fit_error < 0.15
+    assert found.kind == "grid"
+    assert found.max_relative_error < 1e-9

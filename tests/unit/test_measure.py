@@ -33,7 +33,7 @@ def test_a_steady_model_is_measured_quickly() -> None:
     ticker = Ticker(5.0, 0.010)
     taken = sample(ticker.run, 1.0, ticker.clock)
     assert set(np.round(taken, 6)) == {10.0}
-    assert len(taken) == measure.MIN_SAMPLES
+    assert measure.MIN_SAMPLES <= len(taken) <= 30, "0.2 s of it"
     assert ticker.now_s < 5.0 + 0.5, "the long first run (graph capture) is not on the time of measuring"
 
 

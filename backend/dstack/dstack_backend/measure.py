@@ -38,7 +38,9 @@ from dstack_backend.synthetic import feeds
 WARM_UP_S = 0.15  # an idle GPU runs at a fraction of its clock; it needs some load to come up
 MIN_WARM_UP_RUNS = 3
 MIN_SAMPLES = 15
-MAX_SAMPLES = 400
+CHECK_EVERY = 15
+MIN_SAMPLE_S = 0.2  # clocks and neighbours change from one tenth of a second to the next
+MAX_SAMPLES = 2000
 SETTLED = 0.01  # relative half-width of the median's confidence interval at which measuring ends
 
 
@@ -81,11 +83,13 @@ def sample(
         run()
         warm_ups += 1
     taken: list[float] = []
+    sampling_since = clock()
     while not taken or (clock() - started < cap_s and len(taken) < MAX_SAMPLES):
         before = clock()
         run()
         taken.append((clock() - before) * 1e3)
-        if len(taken) >= MIN_SAMPLES and len(taken) % 5 == 0 and half_width(taken) < SETTLED:
+        long_enough = len(taken) >= MIN_SAMPLES and clock() - sampling_since >= min(MIN_SAMPLE_S, cap_s / 2)
+        if long_enough and len(taken) % CHECK_EVERY == 0 and half_width(taken) < SETTLED:
             if drift(taken) < 2 * SETTLED:
                 break
             taken = taken[len(taken) // 2 :]
@@ -121,8 +125,11 @@ class Worker:
                 self._session.warm_up(sorted(self._prepared))
             return {"prepared": sorted(self._prepared)}
         if what == "measure":
-            taken = sample(self._runner(int(command["batch_size"])), float(command.get("cap_s", 1.0)))
-            return {**summary(taken), "memory_bytes": self._memory_bytes()}
+            batch_size = int(command["batch_size"])
+            taken = sample(self._runner(batch_size), float(command.get("cap_s", 1.0)))
+            found = {**summary(taken), "memory_bytes": self._memory_bytes()}
+            self._forget(batch_size)
+            return found
         if what == "used":
             return {"device_used_bytes": self._device_used_bytes()}
         if what == "loop":
@@ -138,6 +145,7 @@ class Worker:
                 self._loop.mark()
                 return {"marked": True}
             loop, self._loop = self._loop, None
+            self._forget(loop.batch_size)
             return loop.result()
         raise ValueError(f"unknown command {what!r}")
 
@@ -146,11 +154,13 @@ class Worker:
         return self._loop.step() if self._loop else False
 
     def _runner(self, batch_size: int) -> Callable[[], object]:
-        # A session keeps what it made for each batch size; all of them at once may not fit the device.
-        if batch_size not in self._prepared and hasattr(self._session, "forget"):
-            self._session.forget()
         batch = feeds(self._session.inputs, batch_size, self._shapes)
         return lambda: self._session.run(batch, None)
+
+    def _forget(self, batch_size: int) -> None:
+        """A session keeps what it made for a batch size; those of all workers at once may be too much."""
+        if batch_size not in self._prepared and hasattr(self._session, "forget"):
+            self._session.forget()
 
 
 class Loop:
@@ -158,7 +168,7 @@ class Loop:
 
     def __init__(self, run: Callable[[], object], batch_size: int) -> None:
         run()
-        self._run, self._batch_size = run, batch_size
+        self._run, self.batch_size = run, batch_size
         self._ends_s = [time.perf_counter()]
         self._marked_s = 0.0
         self._failure: Exception | None = None
@@ -185,7 +195,7 @@ class Loop:
         spans_ms = np.diff(ends)[ends[1:] > self._marked_s] * 1e3
         if not spans_ms.size:
             raise ValueError("no batch ran from start to end while measuring: measure for longer")
-        rows_per_s = self._batch_size * 1e3 / float(spans_ms.mean())
+        rows_per_s = self.batch_size * 1e3 / float(spans_ms.mean())
         return {**summary(spans_ms.tolist()), "throughput_per_s": rows_per_s}
 
 
@@ -218,14 +228,6 @@ def parse_shape(text: str) -> tuple[str, tuple[int, ...]]:
     if not name or any(dim < 1 for dim in shape):
         raise argparse.ArgumentTypeError(f"{text}: wanted NAME:D1,D2,... with whole numbers of at least 1")
     return name, shape
-
-
-def parse_sizes(text: str) -> tuple[int, ...]:
-    """B1,B2,...: batch sizes to prepare while loading, beside other workers that do the same."""
-    try:
-        return tuple(int(size) for size in text.split(",") if size)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text}: wanted B1,B2,... with whole numbers") from None
 
 
 def serve(worker: Worker, commands: TextIO, answers: TextIO) -> None:
@@ -265,7 +267,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--gpu-percent", type=float, default=100.0)
     parser.add_argument("--device-id", type=int, default=0)
     parser.add_argument("--shape", type=parse_shape, action="append", default=[], metavar="NAME:D1,D2,...")
-    parser.add_argument("--warm-up", type=parse_sizes, default=(), metavar="B1,B2,...")
     options = parser.parse_args(arguments)
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # libraries that print must not break the protocol
@@ -281,7 +282,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             gpu_percent=options.gpu_percent,
             device_id=options.device_id,
         )
-        session.warm_up(options.warm_up)
         holds = partial(memory_bytes, options.provider, options.device_id)
         used = partial(device_used_bytes, options.provider, options.device_id)
         worker = Worker(session, dict(options.shape), holds, used)

@@ -32,11 +32,7 @@ FULL_PERCENT = 100.0
 
 @dataclass(frozen=True)
 class ProbeSettings:
-    """How workers run. environment: what MPS clients need; cap_s: about the longest time for one point.
-
-    warm_up: batch sizes that a worker prepares while it loads (CUDA graphs take a second or so each), so that
-    this happens in all workers at once and not between two measurements.
-    """
+    """How workers run. environment: what MPS clients need; cap_s: about the longest time for one point."""
 
     provider: str = "cpu"
     device_id: int = 0
@@ -44,7 +40,6 @@ class ProbeSettings:
     shapes: Mapping[str, Sequence[int]] = field(default_factory=dict)
     cap_s: float = 1.0
     load_timeout_s: float = LOAD_TIMEOUT_S
-    warm_up: tuple[int, ...] = ()
 
 
 class Worker:
@@ -59,8 +54,6 @@ class Worker:
         arguments = [f"--provider={settings.provider}", f"--gpu-percent={gpu_percent:g}"]
         arguments += [f"--device-id={settings.device_id}"]
         arguments += [f"--shape={name}:{','.join(map(str, dims))}" for name, dims in settings.shapes.items()]
-        if settings.warm_up:
-            arguments += [f"--warm-up={','.join(map(str, settings.warm_up))}"]
         environment = {**os.environ, **settings.environment}
         environment.pop("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE", None)
         if settings.provider == "cuda" and gpu_percent < FULL_PERCENT:

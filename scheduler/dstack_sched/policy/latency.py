@@ -21,7 +21,7 @@ from dstack_sched.domain.profile import LatencyFit, ModelProfile, ProfilePoint
 from dstack_sched.errors import InputError
 from dstack_sched.policy.monotone import Array, MonotoneGrid
 
-MAX_FIT_ERROR = 0.10
+MAX_FIT_ERROR = 0.05  # decisions/0020-when-to-trust-the-fit.md
 
 Kind = Literal["posynomial", "grid"]
 

@@ -10,9 +10,12 @@ from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.interpolate import LinearNDInterpolator
 from scipy.optimize import nnls
 
 Array = NDArray[np.float64]
+# Algorithms change with the batch size more than with the SMs: points of the same batch count as nearer.
+STRETCH = 4.0
 Shape = Callable[[ArrayLike, ArrayLike], Array]
 
 
@@ -47,11 +50,12 @@ def _faster_than(p: Array, b: Array) -> NDArray[np.bool_]:
 class MonotoneGrid:
     """Monotone interpolation of measured latencies: bilinear in (log p, log b, log f).
 
-    Cells of the grid (measured percents x measured batches) that were not measured take `guide`, clipped
-    between the slowest measured point that must be faster and the fastest that must be slower; so the table
-    is monotone and passes through every (repaired) point. A chord in log-log space lies above a posynomial:
-    the interpolation errs to the slow side. Outside the grid every answer is an upper bound for a posynomial:
-    f grows at most as 1/p towards smaller p and as b towards larger b, and is held flat the other way.
+    Cells of the grid (measured percents x measured batches) that were not measured take `guide` times what
+    the measured points around them are off from it (interpolated in log space), clipped between the slowest
+    measured point that must be faster and the fastest that must be slower; so the table is monotone and
+    passes through every (repaired) point. A chord in log-log space lies above a posynomial: the
+    interpolation errs to the slow side. Outside the grid every answer is an upper bound for a posynomial: f
+    grows at most as 1/p towards smaller p and as b towards larger b, and is held flat the other way.
     """
 
     def __init__(self, p: Array, b: Array, latency_ms: Array, guide: Shape) -> None:
@@ -63,8 +67,9 @@ class MonotoneGrid:
         slower = (p <= grid_p[..., None]) & (b >= grid_b[..., None])
         low = np.where(faster, self.repaired_ms, 0.0).max(axis=-1)
         high = np.where(slower, self.repaired_ms, np.inf).min(axis=-1)
+        filled = guide(grid_p, grid_b) * _correction(p, b, self.repaired_ms / guide(p, b), grid_p, grid_b)
         # Repaired neighbours may differ by rounding: the order of the two clips keeps the table monotone.
-        self.table_ms = np.maximum(np.minimum(guide(grid_p, grid_b), high), low)
+        self.table_ms = np.maximum(np.minimum(filled, high), low)
         self._log_p, self._log_b = np.log(self.percents), np.log(self.batches)
         self._log_ms = np.log(self.table_ms)
 
@@ -81,6 +86,17 @@ class MonotoneGrid:
         inside = np.exp(near * (1 - row_weight) + far * row_weight)
         beyond = np.maximum(1.0, self.percents[0] / p) * np.maximum(1.0, b / self.batches[-1])
         return np.asarray(inside * beyond, np.float64)
+
+
+def _correction(p: Array, b: Array, ratio: Array, at_p: Array, at_b: Array) -> Array:
+    """`ratio`, known at (p, b), interpolated linearly in log space; 1 where the points do not reach."""
+    places = np.stack([np.log(p), STRETCH * np.log(b)], axis=1)
+    if np.linalg.matrix_rank(places - places[0]) < 2:
+        return np.ones_like(at_p)
+    log_ratio = LinearNDInterpolator(places, np.log(ratio), fill_value=0.0)(
+        np.log(at_p), STRETCH * np.log(at_b)
+    )
+    return np.asarray(np.exp(log_ratio), np.float64)
 
 
 def _locate(knots: Array, x: Array) -> tuple[NDArray[np.intp], Array]:
