@@ -65,7 +65,7 @@ class Instance:
             slo_us=settings.slo_us,
             reject_late=settings.reject_late,
             prefetch=settings.prefetch,
-            staging=Staging(settings.batch_size),
+            staging=Staging(settings.batch_size, self._session.allocate),
             stats=self.stats,
             on_device_thread=lambda: warm_up(self._session, settings),
         )

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import onnxruntime as ort
 
 from dstack_backend.errors import DeviceError, ModelError, RunError, one_line
+from dstack_backend.staging import aligned
 from dstack_backend.tensors import Array, TensorSpec, check_served
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -34,6 +35,10 @@ class Session(Protocol):
 
     def warm_up(self, batch_sizes: Sequence[int]) -> None:
         """Prepare the device for these batch sizes, in the thread that will run them."""
+        ...
+
+    def allocate(self, shape: tuple[int, ...], dtype: Any) -> Array:
+        """Memory to gather inputs in that run() takes fastest. Good until close()."""
         ...
 
     def close(self) -> None: ...
@@ -104,6 +109,9 @@ class CpuSession:
 
     def warm_up(self, batch_sizes: Sequence[int]) -> None:
         """Nothing to prepare: the CPU provider plans for any shape."""
+
+    def allocate(self, shape: tuple[int, ...], dtype: Any) -> Array:
+        return aligned(shape, dtype)
 
     def close(self) -> None:
         self._session = None

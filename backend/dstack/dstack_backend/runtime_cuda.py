@@ -27,6 +27,7 @@ import onnxruntime as ort
 from dstack_backend.cuda_driver import Driver, driver
 from dstack_backend.errors import DeviceError, ModelError, RunError, one_line
 from dstack_backend.runtime import open_onnx, session_options, specs_of
+from dstack_backend.staging import aligned
 from dstack_backend.tensors import TensorSpec
 
 log = logging.getLogger("dstack")
@@ -94,6 +95,7 @@ class CudaSession:
         self._path, self._options = model_path, options
         self._stream = self._driver.stream()
         self._buckets: dict[int, Bucket] = {}
+        self.pinned: dict[int, np.ndarray] = {}  # by address: the memory that allocate() has given out
         try:
             self._session = self._open(graphs=False)
             self.inputs, self.outputs = specs_of(self._session, model_path)
@@ -129,6 +131,15 @@ class CudaSession:
         for bucket in self._buckets.values():
             bucket.close()
         self._buckets.clear()
+
+    def allocate(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        """As Session.allocate: page-locked where inputs are copied to buffers of ours, so that run() need not
+        copy them on the host. Any thread may call it. Freed by close()."""
+        if not self._bound or np.dtype(dtype).hasobject:
+            return aligned(shape, dtype)
+        array = self._driver.allocate_pinned(shape, np.dtype(dtype))
+        self.pinned[array.ctypes.data] = array
+        return array
 
     def run(self, feeds: Mapping[str, np.ndarray], outputs: Sequence[str] | None = None) -> list[np.ndarray]:
         """As Session.run. Inputs must share their first dimension where the model has a batch dimension."""
@@ -184,6 +195,9 @@ class CudaSession:
     def close(self) -> None:
         """Give the device memory back."""
         self.forget()
+        for array in self.pinned.values():
+            self._driver.free_pinned(array)
+        self.pinned.clear()
         if self._stream:
             self._session = None
             self._driver.destroy_stream(self._stream)
@@ -198,6 +212,7 @@ class Bucket:
     ) -> None:
         self.size = size
         self._session, self._driver, self._stream = session, cuda, stream
+        self._pinned = model.pinned
         self._binding = session.io_binding()
         self._options = _run_options(NO_GRAPH, shrink_device=device_id)  # on trial: keep no memory
         self._inputs = {spec.name: Buffer(cuda, spec, size) for spec in model.inputs}
@@ -212,8 +227,11 @@ class Bucket:
         self._driver.use()
         for name, array in feeds.items():
             buffer = self._inputs[name]
-            staged = buffer.host[:rows]
-            np.copyto(staged, array, casting="no")
+            if array.ctypes.data in self._pinned and array.dtype == buffer.dtype:
+                staged = array  # gathered there already
+            else:
+                staged = buffer.host[:rows]
+                np.copyto(staged, array, casting="no")
             self._driver.to_device(buffer.device, staged.ctypes.data, staged.nbytes, self._stream)
         self._session.run_with_iobinding(self._binding, self._options)
         for name in names:
