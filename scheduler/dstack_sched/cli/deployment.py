@@ -53,12 +53,15 @@ class Deployment:
         return report
 
     def tell_arbiter(self, plan: Plan, profiles: ProfileSet, workload: Workload) -> None:
-        """The plan as the engines take it. Without an arbiter the models run ungated: said, no error."""
+        """The plan as the engines take it. The configs are in force by now, so trouble here is said only:
+        without an arbiter the models run ungated, and one that refuses a plan keeps its old one."""
         client = SocketArbiterClient(self.socket or socket_path())
         try:
             send_plans(client, plan, profiles, workload)
         except MachineError as error:
             say(f"{error}; until then models run ungated at their GPU%")
+        except InputError as error:
+            say(f"{error}; the configs are in force, the arbiter keeps its old plan")
         finally:
             client.close()
 
