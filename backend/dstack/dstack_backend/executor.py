@@ -80,6 +80,7 @@ class Executor:
         self._batched = batched
         self._slo_us = slo_us
         self._reject_late = reject_late
+        self._prefetch, self._batch_size = prefetch, batch_size
         self._prefetch_rows = prefetch * batch_size
         self._staging = staging or Staging(batch_size)
         self.stats = stats or Stats()
@@ -166,6 +167,8 @@ class Executor:
     def on_grant(self, permit: Permit) -> None:
         with self._lock:
             self._permits.append(permit)
+            # A live plan may grant more than the config says.
+            self._prefetch_rows = self._prefetch * max(self._batch_size, permit.batch_size)
             if self._running:
                 self._helpers_wake.notify()
             else:

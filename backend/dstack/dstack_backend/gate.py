@@ -87,6 +87,7 @@ class ArbiterGate:
         self._running: tuple[Permit, int] | None = None  # the batch on the device, and when it should end
         self._joined_running: Permit | None = None  # the ungated batch that Join told the arbiter about
         self._reported: tuple[int, int] = (0, 0)
+        self._batch_size = join.batch_size  # a live plan may grant more
         self._heard_us = self._asked_us = self._wanting_since_us = 0
         self._closing = False
         self._told_absent = False
@@ -170,7 +171,7 @@ class ArbiterGate:
         assert self._listener is not None
         waiting, deadline_us = self._listener.state()
         known, known_deadline_us = self._reported
-        enough = MAX_OUTSTANDING * max(self._join.batch_size, 1)
+        enough = MAX_OUTSTANDING * self._batch_size
         urgent = deadline_us < known_deadline_us or not known_deadline_us
         if (waiting, deadline_us) == self._reported or (waiting and known >= enough and not urgent):
             return
@@ -304,6 +305,7 @@ class ArbiterGate:
             if isinstance(message, wire.Grant):
                 self._wanting_since_us = self._heard_us
                 self._outstanding += 1
+                self._batch_size = max(self._join.batch_size, message.batch_size)
                 self.stats.grants += 1
                 token = _Token(self._epoch, message.grant_id, message.lease_until_us)
                 self._listener.on_grant(Permit(message.batch_size, message.gpu_percent, token))

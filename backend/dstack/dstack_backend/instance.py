@@ -9,13 +9,15 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import onnxruntime as ort
+
 from dstack_backend import wire
 from dstack_backend.endpoint import socket_path
 from dstack_backend.errors import BackendError, ModelError
 from dstack_backend.executor import Executor
 from dstack_backend.gate import ArbiterGate
 from dstack_backend.interfaces import Request
-from dstack_backend.runtime import CpuSession, Session, load_session
+from dstack_backend.runtime import PROVIDERS, CpuSession, Session, load_session
 from dstack_backend.settings import Settings, parameter_texts, parse_settings
 from dstack_backend.settings import model_path as path_of_model
 from dstack_backend.signature import Completion, check_config, complete, is_complete, run_scalars, sample
@@ -124,8 +126,18 @@ def complete_config(config: Mapping[str, Any], version_dir: Path) -> Completion:
     if is_complete(config):
         return Completion(int(config["max_batch_size"]), (), ())
     path = path_of_model(version_dir, config, texts)
-    session = load_session(path, provider="cpu", gpu_percent=1)
+    session = _look_at(path)
     try:
         return complete(config, session)
     finally:
         session.close()
+
+
+def _look_at(path: Path) -> Session:
+    """The graph, on the CPU provider; on CUDA where it has operators that only CUDA knows."""
+    try:
+        return CpuSession(path, threads=1, optimize=False)
+    except ModelError:
+        if PROVIDERS["cuda"] not in ort.get_available_providers():
+            raise
+    return load_session(path, provider="cuda", gpu_percent=100, cuda_graphs=False)

@@ -87,11 +87,13 @@ def check_provider(provider: str) -> None:
 class CpuSession:
     """ONNX Runtime's CPU provider with a bounded number of threads.
 
-    Idle threads do not spin: other models share these cores.
+    Idle threads do not spin: other models share these cores. optimize False: for a look at the graph only.
     """
 
-    def __init__(self, model_path: Path, threads: int):
+    def __init__(self, model_path: Path, threads: int, *, optimize: bool = True):
         options = session_options()
+        if not optimize:
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         self.threads = threads
