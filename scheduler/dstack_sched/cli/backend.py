@@ -11,7 +11,11 @@ from dstack_sched.adapters.server_install import install_backend
 from dstack_sched.cli import app
 from dstack_sched.cli.common import JsonOption, print_json, say
 
-backend = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="The Triton backend `dstack`.")
+backend = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="The Triton backend `dstack`. Example: dstackctl backend install /opt/tritonserver/backends",
+)
 app.add_typer(backend, name="backend")
 
 
