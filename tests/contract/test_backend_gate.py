@@ -142,6 +142,7 @@ def test_work_grant_done(rig: Rig) -> None:
     rig.queue.waiting = (1, 2_000_000)
     rig.gate.done(permit, 2, 1, 1234)
     assert arbiter.hear(wire.Done) == wire.Done(77, 2, 1, 1234, 1, 2_000_000)
+    assert rig.gate.stats.stage_ns["grant"] > 0
 
 
 def test_work_that_says_nothing_new_is_not_sent(rig: Rig) -> None:

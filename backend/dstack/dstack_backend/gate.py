@@ -181,6 +181,7 @@ class ArbiterGate:
     def _send_done(self, grant_id: int, rows: int, late: int, run_us: int) -> None:
         assert self._listener is not None
         waiting, deadline_us = self._listener.state()
+        self._wanting_since_us = self._now_us()
         self._note_report(waiting, deadline_us)
         self._send(wire.Done(grant_id, rows, late, min(run_us, 0xFFFFFFFF), waiting, deadline_us))
 
@@ -303,6 +304,8 @@ class ArbiterGate:
             self._asked_us = 0
             assert self._listener is not None
             if isinstance(message, wire.Grant):
+                if not self._outstanding and self._reported[0]:
+                    self.stats.stage_ns["grant"] += (self._heard_us - self._wanting_since_us) * 1000
                 self._wanting_since_us = self._heard_us
                 self._outstanding += 1
                 self._batch_size = max(self._join.batch_size, message.batch_size)

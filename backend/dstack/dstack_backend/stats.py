@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-STAGES = ("accept", "wait", "gather", "run", "respond")
+STAGES = ("accept", "wait", "grant", "gather", "run", "respond")
 
 
 @dataclass(slots=True)
@@ -17,7 +17,8 @@ class Stats:
     """Totals since the instance started. `sizes`: batches by rows, rounded up to a power of two.
 
     `stage_ns`, summed nanoseconds: accept (reading the requests of a hand-over), wait (the mean wait of a
-    batch's requests, that for its grant included), gather, run, respond.
+    batch's requests, that for its grant included), grant (work waited, nothing ran and no grant had come: the
+    part of wait that is the scheduler's), gather, run, respond.
     """
 
     requests: int = 0
