@@ -44,7 +44,7 @@ def test_recovers_the_slowdowns_that_made_the_measurements():
 
 
 def test_meets_the_measured_h100_coruns_where_isolated_latency_does_not():
-    """The figures of decisions/0003: mean 64% without, below 2% with the model, largest below 5%."""
+    """The figures of decisions/0021: mean 64% without, below 2% with the model, largest below 5%."""
     found = fit_interference(h100_surfaces(), h100_coruns(), h100_totals((16,)))
     assert found.before is not None and found.before.mean > 0.5
     assert found.after is not None and found.after.mean < 0.02 and found.after.largest < 0.05

@@ -98,6 +98,8 @@ def _case(profiles: ProfileSet, workload: Workload, options: PlanOptions) -> _Ca
         raise InputError(
             "--objective efficacy plans each model by itself; leave --minimize and --maximize out"
         )
+    if options.capacity_percent is not None and not 0 < options.capacity_percent < math.inf:
+        raise InputError(f"--capacity is {options.capacity_percent:g}; a percentage above 0 is wanted")
     if not workload.models:
         raise InputError("the workload has no models")
     cpu = profiles.device.driver == CPU_DRIVER

@@ -24,6 +24,7 @@ import numpy as np
 from dstack_sched.policy.batch_program import assembly_ms
 from dstack_sched.policy.interference import Interference
 from dstack_sched.policy.latency import LatencySurface
+from dstack_sched.policy.monotone import Array
 from dstack_sched.policy.runnable import RunnableGrid
 
 # Parts of the SLO to keep for waiting: for each GPU% the largest batch that keeps that much is a candidate.
@@ -77,6 +78,14 @@ def candidate(
     latency_ms = float(task.surface.latency_ms(p, b))
     if not alone:
         latency_ms *= float(interference.slowdown(task.name, capacity_percent - p))
+    return _at(task, (p, b, replicas), latency_ms, alone, rate_scale)
+
+
+def _at(
+    task: JointTask, choice: tuple[float, int, int], latency_ms: float, alone: bool, rate_scale: float
+) -> Candidate:
+    """The candidate whose latency, beside co-runners or alone, is known."""
+    p, b, replicas = choice
     rate = task.rate_per_s * rate_scale / replicas
     utilization = rate * latency_ms / b / 1000.0
     if task.slo_ms is None:
@@ -93,33 +102,34 @@ def candidates(
     *,
     gpus: int,
     limit: int,
+    every_count: bool = False,
     rate_scale: float = 1.0,
-    max_utilization: float = 1.0,
 ) -> tuple[Candidate, ...]:
     """At most about `limit` candidates beside co-runners, and those worth having on a GPU of their own.
 
     From the runnable grid: for each of a few GPU% the largest batches that leave given parts of the SLO for
-    waiting, not dominated, spread over GPU%. Replicas: `_replica_counts`.
+    waiting, not dominated, spread over GPU%. Replicas: see `_replica_counts`; all counts with every_count.
     """
-    shared: list[Candidate] = []
-    single: list[Candidate] = []
-    for p in spread(task.grid.percents, max(3, limit // 2)):
-        for b in _batches(task, interference, capacity_percent, p, rate_scale):
-            for alone, found in ((False, shared), (True, single)):
-                for replicas in _replica_counts(
-                    task, interference, capacity_percent, (p, b), gpus, rate_scale, max_utilization, alone
-                ):
-                    item = candidate(
-                        task,
-                        interference,
-                        capacity_percent,
-                        (p, b, replicas),
-                        alone=alone,
-                        rate_scale=rate_scale,
-                    )
-                    if item.slack_ms >= 0 and item.utilization <= max_utilization * (1 + 1e-9):
-                        found.append(item)
-    return (*_thin(pareto(shared), limit), *pareto(single))
+    percents = np.asarray(spread(task.grid.percents, max(3, limit // 2)))
+    sizes = np.asarray(task.grid.batches)
+    alone_ms = task.surface.latency_ms(percents[:, None], sizes[None, :])
+    slowdown = interference.slowdown(task.name, capacity_percent - percents)
+    fill_ms = np.array([assembly_ms(int(b), task.rate_per_s * rate_scale) for b in sizes])
+    found: dict[bool, list[Candidate]] = {False: [], True: []}
+    for i, p in enumerate(percents):
+        picked: set[int] = set()
+        for factor in {1.0, float(slowdown[i])}:
+            picked |= _batches(task, factor * alone_ms[i], fill_ms)
+        for j in sorted(picked):
+            for alone, kept in found.items():
+                latency_ms = float(alone_ms[i, j] * (1.0 if alone else slowdown[i]))
+                one = _at(task, (float(p), int(sizes[j]), 1), latency_ms, alone, rate_scale)
+                for replicas in _replica_counts(one, capacity_percent, gpus, every_count):
+                    point = (one.gpu_percent, one.batch_size, replicas)
+                    item = one if replicas == 1 else _at(task, point, latency_ms, alone, rate_scale)
+                    if item.slack_ms >= 0 and item.utilization <= 1 + 1e-9:
+                        kept.append(item)
+    return (*_thin(pareto(found[False]), limit), *pareto(found[True]))
 
 
 def pareto(items: Sequence[Candidate]) -> list[Candidate]:
@@ -159,41 +169,19 @@ def spread(values: Sequence[float], count: int) -> list[float]:
     return [values[i] for i in sorted({int(np.abs(np.asarray(values) - w).argmin()) for w in wanted})]
 
 
-def _batches(
-    task: JointTask, interference: Interference, capacity_percent: float, p: float, rate_scale: float
-) -> list[int]:
-    """For this GPU%: the largest batch sizes that leave given parts of the SLO for waiting."""
-    sizes = np.asarray(task.grid.batches, np.float64)
+def _batches(task: JointTask, latency_ms: Array, fill_ms: Array) -> set[int]:
+    """Indices of the largest batch sizes that leave given parts of the SLO for waiting (one row per GPU%)."""
     if task.slo_ms is None:
-        return [task.grid.batches[-1], task.grid.batches[0]]
-    latency_ms = task.surface.latency_ms(p, sizes)
-    rate = task.rate_per_s * rate_scale
-    assembly = np.array([assembly_ms(int(b), rate) for b in sizes])
-    picked = set()
-    for slowdown in {1.0, float(interference.slowdown(task.name, capacity_percent - p))}:
-        slack = task.slo_ms - slowdown * latency_ms - np.maximum(slowdown * latency_ms, assembly)
-        for kept in _KEPT_FOR_WAITING:
-            fits = np.nonzero(slack >= kept * task.slo_ms)[0]
-            if fits.size:
-                picked.add(task.grid.batches[int(fits[-1])])
-    return sorted(picked)
+        return {0, latency_ms.size - 1}
+    slack = task.slo_ms - latency_ms - np.maximum(latency_ms, fill_ms)
+    fits = [np.nonzero(slack >= kept * task.slo_ms)[0] for kept in _KEPT_FOR_WAITING]
+    return {int(each[-1]) for each in fits if each.size}
 
 
-def _replica_counts(
-    task: JointTask,
-    interference: Interference,
-    capacity_percent: float,
-    point: tuple[float, int],
-    gpus: int,
-    rate_scale: float,
-    max_utilization: float,
-    alone: bool,
-) -> range:
-    """From the fewest replicas that keep utilization within bounds; one more for a model that fills more than
-    half of them (all counts where there are few GPUs)."""
-    one = candidate(task, interference, capacity_percent, (*point, 1), alone=alone, rate_scale=rate_scale)
-    least = max(1, math.ceil(one.utilization / max_utilization - 1e-9))
-    if gpus <= 3:
+def _replica_counts(one: Candidate, capacity_percent: float, gpus: int, every_count: bool) -> range:
+    """From the fewest replicas that one alone would overload; one more for a model that nearly fills them."""
+    least = max(1, math.ceil(one.utilization - 1e-9))
+    if every_count:
         return range(least, gpus + 1)
     hot = max(one.utilization, 2 * one.demand_percent / capacity_percent) > 0.7 * least
     return range(least, min(least + (1 if hot else 0), gpus) + 1)

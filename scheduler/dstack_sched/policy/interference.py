@@ -4,7 +4,7 @@
 
 k_m >= 0 is the slowdown that co-runners of 100% cause, g >= 1 one exponent for the GPU. With g = 1 this is
 the formula of DESIGN section 3. On the H100 the slowdown grows faster than in proportion (decisions/
-0020-interference-exponent.md): g is fitted where co-runs were measured at three or more different q, else 1.
+0021-interference-exponent.md): g is fitted where co-runs were measured at three or more different q, else 1.
 """
 
 from __future__ import annotations

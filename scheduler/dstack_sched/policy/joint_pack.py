@@ -141,7 +141,7 @@ def pack(
     solved = solve_program(cost, below, equal, integers, np.ones(total), gap=gap, time_limit_s=time_limit_s)
     if solved.values is None or real:
         return Answer(solved.status, bound=solved.bound)
-    chosen = tuple(columns[i] for i in np.nonzero(solved.values[: len(columns)] > 0.5)[0])
+    chosen = tuple(columns[int(i)] for i in np.nonzero(solved.values[: len(columns)] > 0.5)[0])
     return Answer(solved.status, chosen, float(cost @ solved.values), solved.bound)
 
 

@@ -94,7 +94,9 @@ def largest_scale(tasks: Sequence[JointTask], setting: JointSetting, known: Join
         return Scale(math.inf if plan else 0.0, plan, ())
     tolerance = _tolerance(len(tasks) * setting.gpus)
     setting = replace(setting, gap=max(setting.gap, tolerance / 2))
-    best = Scale(known.growth, known, known.limits) if known is not None else Scale(0.0, None, ())
+    best = Scale(0.0, None, ())
+    if known is not None:
+        best, setting = Scale(known.growth, known, known.limits), _from(setting, known.capacity_percent)
     scale, fails = 1.0, math.inf
     while scale > _LEAST_SCALE and fails > best.factor * (1 + tolerance):
         if best.plan is not None:
@@ -102,14 +104,16 @@ def largest_scale(tasks: Sequence[JointTask], setting: JointSetting, known: Join
         found = solve_joint(tasks, setting, scale, prove=False)
         if found is not None:
             best = Scale(scale * found.growth, found, found.limits)
-            # What fits at a rate fits at no lower capacity at a higher one: stop trying those that failed.
-            setting = replace(
-                setting, capacities=tuple(c for c in setting.capacities if c >= found.capacity_percent)
-            )
+            setting = _from(setting, found.capacity_percent)
         else:
             fails = scale
             scale /= 2.0
     return best
+
+
+def _from(setting: JointSetting, capacity: float) -> JointSetting:
+    """Without the capacities that were too small already at a lower rate."""
+    return replace(setting, capacities=tuple(c for c in setting.capacities if c >= capacity))
 
 
 def _tolerance(cells: int) -> float:
@@ -179,10 +183,16 @@ def _spare(task: JointTask) -> float:
 
 
 def _candidates_of(
-    task: JointTask, setting: JointSetting, capacity: float, rate_scale: float, limit: int
+    task: JointTask, setting: JointSetting, capacity: float, rate_scale: float, limit: int, few: bool = False
 ) -> tuple[Candidate, ...]:
     return candidates(
-        task, setting.interference, capacity, gpus=setting.gpus, limit=limit, rate_scale=rate_scale
+        task,
+        setting.interference,
+        capacity,
+        gpus=setting.gpus,
+        limit=limit,
+        every_count=few,
+        rate_scale=rate_scale,
     )
 
 
@@ -193,7 +203,7 @@ def _options(
     limit = max(8, min(24, _POOL_COLUMNS // len(tasks)))
     found = []
     for task in tasks:
-        items = _candidates_of(task, setting, capacity, rate_scale, limit)
+        items = _candidates_of(task, setting, capacity, rate_scale, limit, len(tasks) <= 4)
         if setting.gpus == 1 and len(tasks) > 1:
             items = tuple(c for c in items if not c.alone)
         if not items:

@@ -1,0 +1,275 @@
+"""The use case `plan` and its verb: what the plan says, recomputed; what it refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from dstack_sched.adapters.plan_files import read_plan
+from dstack_sched.adapters.profile_files import write_profiles
+from dstack_sched.app.planning import PlanOptions, explain_plan, make_plan
+from dstack_sched.cli import app, register
+from dstack_sched.domain.plan import Plan
+from dstack_sched.domain.profile import Device, ModelProfile, ProfilePoint, ProfileSet
+from dstack_sched.domain.workload import ModelDemand, Workload
+from dstack_sched.errors import InfeasibleError, InputError
+from dstack_sched.policy.interference import fit_interference
+from dstack_sched.policy.knee import knee_percent
+from dstack_sched.policy.latency import LatencySurface, Posynomial
+from fakes.surfaces import CPU, h100_coruns, h100_raw, points, profile_set
+
+
+def h100_profiles() -> ProfileSet:
+    raw = h100_raw()
+    models = {
+        name: ModelProfile(name, "0" * 64, 2**30, tuple(ProfilePoint(**x) for x in body["points"]))
+        for name, body in raw["models"].items()
+    }
+    return ProfileSet(Device(**raw["gpu"]), models, tuple(h100_coruns()))
+
+
+def workload(scale: float = 1.0, **slos: float) -> Workload:
+    rows = {
+        "resnet50": (50.0, 500.0),
+        "mobilenet_v2": (50.0, 300.0),
+        "vgg19": (100.0, 200.0),
+        "bert": (80.0, 300.0),
+    }
+    return Workload(tuple(ModelDemand(n, slos.get(n, slo), rate * scale) for n, (slo, rate) in rows.items()))
+
+
+def recompute(plan: Plan, profiles: ProfileSet) -> None:
+    """Every number of every row again, from the profile and the formulas."""
+    surfaces = {n: LatencySurface.from_profile(p) for n, p in profiles.models.items()}
+    interference = fit_interference(surfaces, profiles.corun)
+    demand = dict.fromkeys(range(-1, len(plan.gpus)), 0.0)
+    for name, row in plan.models.items():
+        f = float(surfaces[name].latency_ms(row.gpu_percent, row.batch_size))
+        slowed = []
+        for replica in row.replicas:
+            others = sum(
+                r.gpu_percent for n, x in plan.models.items() for r in x.replicas
+                if n != name and r.gpu == replica.gpu
+            )  # fmt: skip
+            beside = min(others, max(0.0, plan.capacity_percent - replica.gpu_percent))
+            slowed.append(f * float(interference.slowdown(name, beside)))
+            demand[replica.gpu] += (
+                replica.rate_per_s * replica.gpu_percent * slowed[-1] / row.batch_size / 1000
+            )
+        assert row.latency_ms == pytest.approx(max(slowed))
+        assert row.throughput_per_s == pytest.approx(sum(1000 * row.batch_size / ms for ms in slowed))
+        assert row.utilization == pytest.approx(row.rate_per_s / row.throughput_per_s)
+        assert row.utilization <= 1 + 1e-9
+        assert row.efficacy == pytest.approx(row.batch_size / (row.gpu_percent * f * f))
+        assert sum(r.rate_per_s for r in row.replicas) == pytest.approx(row.rate_per_s)
+        assert row.gpu == row.replicas[0].gpu and row.gpu_percent == row.replicas[0].gpu_percent
+        if row.slo_ms is not None:
+            assert 2 * row.latency_ms <= row.slo_ms * (1 + 1e-9)
+            fill_ms = 1000 * (row.batch_size - 1) / row.replicas[0].rate_per_s
+            assert row.max_queue_delay_us / 1000 <= min(fill_ms, row.slo_ms - row.latency_ms) + 0.001
+    assert max(demand.values()) <= plan.capacity_percent * (1 + 1e-6)
+
+
+def test_the_plan_fits_and_every_number_can_be_recomputed():
+    plan = make_plan(h100_profiles(), workload())
+    assert plan.feasible and plan.headroom > 1 and plan.binding and plan.gap < 0.05
+    assert set(plan.models) == {"resnet50", "mobilenet_v2", "vgg19", "bert"}
+    assert plan.gpus == ("NVIDIA H100 80GB HBM3",)
+    recompute(plan, h100_profiles())
+    row = plan.models["resnet50"]
+    surface = LatencySurface.from_profile(h100_profiles().models["resnet50"])
+    assert row.knee_percent >= knee_percent(surface, row.batch_size)
+    assert (row.slo_ms, row.rate_per_s) == (50.0, 500.0)
+
+
+def test_headroom_means_what_it_says():
+    """Rates times a little less fit, rates times a little more do not: also for an infeasible workload."""
+    headroom = make_plan(h100_profiles(), workload()).headroom
+    assert make_plan(h100_profiles(), workload(headroom * 0.95)).feasible
+    over = make_plan(h100_profiles(), workload(headroom * 1.5))
+    assert not over.feasible
+    assert over.headroom == pytest.approx(1 / 1.5, rel=0.05)
+    assert "the rates fit when scaled by 0.6" in over.binding[0]
+    assert "capacity of gpu 0 (200%)" in over.binding[0]
+    recompute(over, h100_profiles())  # the plan it carries is one for the scaled rates
+    assert over.models["bert"].rate_per_s == pytest.approx(300 * headroom * 1.5 * over.headroom)
+
+
+def test_several_gpus_and_the_fewest_of_them():
+    heavy = workload(8.0)
+    assert not make_plan(h100_profiles(), heavy).feasible
+    wide = make_plan(h100_profiles(), heavy, PlanOptions(gpus=4))
+    assert wide.feasible and len(wide.gpus) == 4
+    recompute(wide, h100_profiles())
+    few = make_plan(h100_profiles(), heavy, PlanOptions(gpus=8, minimize_gpus=True))
+    assert few.feasible and 2 <= len(few.gpus) <= 4
+    assert not make_plan(h100_profiles(), heavy, PlanOptions(gpus=len(few.gpus) - 1)).feasible
+
+
+def test_maximal_headroom_leaves_at_least_as_much_room():
+    usual = make_plan(h100_profiles(), workload())
+    most = make_plan(h100_profiles(), workload(), PlanOptions(maximize_headroom=True))
+    assert most.feasible and most.headroom >= usual.headroom * 0.98
+    recompute(most, h100_profiles())
+    # With that plan as it is, the rates can grow almost as far.
+    assert max(row.utilization for row in most.models.values()) * most.headroom < 1.6
+
+
+def test_efficacy_takes_each_model_alone():
+    from dstack_sched.policy.batch_program import solve_batch_program
+    from dstack_sched.policy.runnable import runnable_grid
+
+    profiles = h100_profiles()
+    plan = make_plan(profiles, workload(), PlanOptions(objective="efficacy"))
+    assert plan.feasible
+    for demand in workload().models:
+        surface = LatencySurface.from_profile(profiles.models[demand.name])
+        best = solve_batch_program(
+            surface,
+            slo_ms=demand.slo_ms,
+            rate_per_s=demand.rate_per_s,
+            grid=runnable_grid(surface, profiles.device),
+        )
+        row = plan.models[demand.name]
+        assert (row.gpu_percent, row.batch_size) == (best.gpu_percent, best.batch_size)
+        assert row.efficacy == pytest.approx(best.efficacy)
+    over = make_plan(profiles, workload(20.0), PlanOptions(objective="efficacy"))
+    assert not over.feasible and over.headroom < 1 and "throughput" in over.binding[0]
+
+
+def test_an_slo_below_two_fastest_runs_says_what_would_do():
+    plan = make_plan(h100_profiles(), workload(vgg19=8.0))
+    assert not plan.feasible and plan.models == {} and plan.headroom == 0.0
+    assert plan.binding == (
+        "SLO 8 ms of vgg19 cannot be met: the fastest run is 5.27 ms at 100%, b=1; "
+        "the SLO must be at least 10.6 ms",
+    )
+    assert make_plan(h100_profiles(), workload(0.01, vgg19=10.6)).binding[0] != plan.binding[0]
+    with pytest.raises(InputError, match=r"SLO 5 ms of vgg19 cannot be met: the fastest run is 5\.27 ms"):
+        make_plan(h100_profiles(), workload(vgg19=5.0))
+
+
+def test_notes_say_what_the_profile_cannot_tell():
+    notes = make_plan(h100_profiles(), workload()).notes
+    assert any("vgg19: measured at batch size 16 only" in line for line in notes)
+    assert any(line.startswith("interference: mean error on the measured co-runs") for line in notes)
+    bare = dataclasses.replace(h100_profiles(), corun=())
+    assert any("no co-runs measured" in line for line in make_plan(bare, workload()).notes)
+
+
+def test_capacity_is_as_measured_or_as_told():
+    assert make_plan(h100_profiles(), workload()).capacity_percent == 100.0  # enough here
+    tight = make_plan(h100_profiles(), workload(4.0))
+    assert tight.feasible and tight.capacity_percent == 200.0
+    assert not make_plan(h100_profiles(), workload(4.0), PlanOptions(capacity_percent=100.0)).feasible
+
+
+def _cpu_profiles(cores: int = 2) -> ProfileSet:
+    shape = {"digits": Posynomial((0.2, 0.1, 10.0, 40.0)), "voices": Posynomial((0.5, 0.05, 20.0, 90.0))}
+    device = dataclasses.replace(CPU, sms=cores)
+    percents = (100.0 / cores, 100.0)
+    return profile_set({n: points(f, percents, (1, 4, 8)) for n, f in shape.items()}, device)
+
+
+def test_a_two_core_host_is_planned_like_a_gpu():
+    """2 x 3 points, runnable shares 50 and 100, GPU index -1: what `make run` does on any machine."""
+    demands = Workload((ModelDemand("digits", 50.0, 100.0), ModelDemand("voices", 80.0, 50.0)))
+    plan = make_plan(_cpu_profiles(), demands)
+    assert plan.feasible and plan.capacity_percent == 100.0 and plan.gpus == ("Test CPU",)
+    assert {row.gpu for row in plan.models.values()} == {-1}
+    assert {row.gpu_percent for row in plan.models.values()} <= {50.0, 100.0}
+    recompute(plan, _cpu_profiles())
+    with pytest.raises(InputError, match="of a CPU"):
+        make_plan(_cpu_profiles(), demands, PlanOptions(gpus=2))
+
+
+def test_profiles_with_levels_are_planned_at_their_levels():
+    profiles = h100_profiles()
+    leveled = dataclasses.replace(profiles.models["resnet50"], levels=(12.0, 24.0, 48.0, 91.0))
+    plan = make_plan(
+        dataclasses.replace(profiles, models={**profiles.models, "resnet50": leveled}), workload()
+    )
+    assert plan.models["resnet50"].gpu_percent in leveled.levels
+
+
+def test_best_effort_models_get_a_place_and_no_promise():
+    demands = Workload((*workload().models[:2], ModelDemand("vgg19", None, 1e6)))
+    plan = make_plan(h100_profiles(), demands)
+    assert plan.feasible and plan.models["vgg19"].slo_ms is None
+    assert plan.models["vgg19"].max_queue_delay_us >= 0
+    only = make_plan(h100_profiles(), Workload((ModelDemand("vgg19", None, 10.0),)))
+    assert only.feasible and only.headroom == float("inf")
+
+
+@pytest.mark.parametrize(
+    "options,words",
+    [
+        (PlanOptions(gpus=0), "--gpus is 0"),
+        (PlanOptions(minimize_gpus=True, maximize_headroom=True), "name one"),
+        (PlanOptions(objective="efficacy", minimize_gpus=True), "leave --minimize"),
+        (PlanOptions(capacity_percent=-5.0), "--capacity is -5"),
+    ],
+)
+def test_options_out_of_range_are_refused(options, words):
+    with pytest.raises(InputError, match=words):
+        make_plan(h100_profiles(), workload(), options)
+
+
+def test_a_model_without_a_profile_is_refused():
+    with pytest.raises(InputError, match=r"gpt: no profile; the profiles hold bert, .*dstackctl profile gpt"):
+        make_plan(h100_profiles(), Workload((ModelDemand("gpt", 10.0, 1.0),)))
+
+
+def test_explaining_names_fits_limits_and_bounds():
+    plan = make_plan(h100_profiles(), workload())
+    lines = explain_plan(plan, h100_profiles(), workload())
+    assert any("resnet50: posynomial surface of 10 points, largest error 2.9%" in line for line in lines)
+    assert any("greatest efficacy" in line and "bound" in line for line in lines)
+
+
+@pytest.fixture
+def files(tmp_path):
+    """profiles.json and a workload.yaml that fits."""
+    write_profiles(tmp_path / "profiles.json", h100_profiles())
+    (tmp_path / "workload.yaml").write_text(
+        "models:\n"
+        "  - {name: resnet50, slo_ms: 50, rate_per_s: 500}\n"
+        "  - {name: bert, slo_ms: 80, rate_per_s: 300}\n"
+    )
+    return tmp_path
+
+
+def _run(*arguments: object):
+    register(["plan"])
+    return CliRunner().invoke(app, ["plan", *map(str, arguments)])
+
+
+def test_the_verb_prints_json_and_writes_the_plan(files):
+    done = _run(
+        "--profiles", files / "profiles.json", "--workload", files / "workload.yaml", "--json",
+        "--out", files / "plan.json", "--explain",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    content = json.loads(done.stdout)
+    assert content["feasible"] is True and set(content["models"]) == {"resnet50", "bert"}
+    assert (
+        read_plan(files / "plan.json").models["bert"].gpu_percent == content["models"]["bert"]["gpu_percent"]
+    )
+
+
+def test_the_verb_shows_a_table(files):
+    done = _run("--profiles", files / "profiles.json", "--workload", files / "workload.yaml")
+    assert done.exit_code == 0 and "resnet50" in done.stdout and "fits" in done.stdout
+
+
+def test_the_verb_still_prints_the_plan_when_nothing_fits_and_raises_the_line(files):
+    """`main` turns the error into one line on stderr and exit status 1."""
+    text = (files / "workload.yaml").read_text().replace("slo_ms: 50", "slo_ms: 1.5")
+    (files / "workload.yaml").write_text(text)
+    done = _run("--profiles", files / "profiles.json", "--workload", files / "workload.yaml", "--json")
+    assert json.loads(done.stdout)["feasible"] is False
+    assert isinstance(done.exception, InfeasibleError) and done.exception.exit_status == 1
+    assert str(done.exception).startswith("SLO 1.5 ms of resnet50 cannot be met")
