@@ -218,6 +218,8 @@ class EngineBase:
         run.start_us = run.touched_us = now
         run.slow = instance.model.slowdown(self.promised)
         run.end_us = now + int(run.left_us * run.slow)
+        run.charged = run.percent * run.left_us * run.slow
+        instance.model.vtime += run.charged / instance.model.weight
         self._promise(self.promised + run.percent, now)
         instance.run = run
         self.running.append(instance)
@@ -293,7 +295,8 @@ class EngineBase:
         """Put the GPU%-time on the scoreboard."""
         used = run.percent * run_us
         instance.model.served_percent_us += used
-        instance.model.vtime += used / instance.model.weight
+        instance.model.vtime += (used - run.charged) / instance.model.weight
+        run.charged = used
 
     def _shed(self, instance: Instance, before_us: int, left: int) -> None:
         """Reject what is due before before_us; about `left` rows stay."""

@@ -47,6 +47,8 @@ class Rules:
 
 MIN_SESSION_US = 100_000  # where no model has an objective
 Entry = tuple[int, int, Instance, bool]  # urgency, serial (ties by age), instance, whether it runs
+ENOUGH = 0.7  # a free share below this part of what one should get is not worth starting with
+LEVEL_ROUND_UP = 1.1  # the level taken may be this much above the exact part
 MISS_RATE_GAIN = 0.02  # one grant's weight in the miss rate
 OVERLOAD_ON, OVERLOAD_OFF = 0.05, 0.02
 
@@ -100,6 +102,8 @@ class DStackEngine(EngineBase):
         self._vfloor = 0.0  # virtual time of the last model that started
         self._ready: list[Entry] = []  # who may be granted now, most urgent first
         self._waits = False
+        self._claims = 0.0  # GPU% by plan of those that have work, or mostly have
+        self._weights = 0.0  # and their weights
         self._chainable = 0  # how many of them run already
 
     # ---- events ---------------------------------------------------------------------------------------
@@ -124,6 +128,10 @@ class DStackEngine(EngineBase):
         if instance is not None:
             self._unplace(instance)
         super()._forget(name, now)
+        if instance is not None:
+            self._unplace(instance)
+            self._claims -= instance.claim
+            self._weights -= instance.claim_weight
 
     def _resize(self) -> None:
         """Recompute what depends on who is there."""
@@ -142,6 +150,7 @@ class DStackEngine(EngineBase):
                 return
             instance.chainable = True
         elif kind == WAKE_SESSION:
+            instance.model.reported_us = -NEVER  # at most one of these a session anyhow: never held back
             self._report(instance, f"{instance.waiting} rows without a run for a whole session", now)
             instance.boosted = True
             self._wake(now + self.session_us, WAKE_SESSION, instance, token)
@@ -149,8 +158,12 @@ class DStackEngine(EngineBase):
 
     def _queue(self, instance: Instance, waiting: int, deadline_us: int, now: int) -> None:
         since = instance.work_since_us
-        if instance.waiting == 0 and waiting > 0 and instance.run is None:
-            instance.model.vtime = max(instance.model.vtime, self._vfloor)
+        if instance.waiting == 0 and instance.run is None:
+            if waiting == 0:
+                return
+            if now - instance.active_us > self.session_us:  # who was away does not save up service
+                instance.model.vtime = max(instance.model.vtime, self._vfloor)
+        instance.active_us = now
         super()._queue(instance, waiting, deadline_us, now)
         if instance.work_since_us not in (since, NEVER):
             self._wake(now + self.session_us, WAKE_SESSION, instance, instance.work_since_us)
@@ -158,6 +171,7 @@ class DStackEngine(EngineBase):
 
     def _drop(self, instance: Instance, now: int) -> None:
         super()._drop(instance, now)
+        instance.active_us = now
         self._place(instance, now)
 
     def _begin(self, instance: Instance, run: Run, now: int) -> None:
@@ -173,6 +187,12 @@ class DStackEngine(EngineBase):
     def _place(self, instance: Instance, now: int) -> None:
         """Put an instance where it belongs among those that may be granted, or take it out."""
         self._unplace(instance)
+        activity = 1.0 if instance.run is not None or instance.waiting > 0 else instance.duty
+        claim = instance.levels[instance.plan_level] * activity
+        weight = instance.model.weight * activity
+        self._claims += claim - instance.claim
+        self._weights += weight - instance.claim_weight
+        instance.claim, instance.claim_weight = claim, weight
         if instance.waiting == 0 or instance.lost_grant or instance.chained is not None:
             return
         if instance.run is not None and not instance.chainable:
@@ -220,7 +240,7 @@ class DStackEngine(EngineBase):
                 if place is not None:
                     place.spare -= pick.percent
                 continue
-            if pick is None and place is None and self.rules.reserve and instance.slo_us and not self._waits:
+            if pick is None and place is None and self.rules.reserve and not self._waits:
                 place = self._reserve(instance, free, now)
             at += 1
 
@@ -232,6 +252,8 @@ class DStackEngine(EngineBase):
         if pick.batch:
             run = self._grant(instance, pick.level, pick.batch, pick.rows, now)
             run.worth = pick.rows * instance.worth_per_row
+            if instance.work_since_us != NEVER:
+                self._wake(now + self.session_us, WAKE_SESSION, instance, instance.work_since_us)
             self._vfloor = max(self._vfloor, instance.model.vtime)
         self._note_misses(pick.missed)
         self._place(instance, now)
@@ -290,21 +312,15 @@ class DStackEngine(EngineBase):
     def _proportional(
         self, instance: Instance, available: float, start: int, slow: float, now: int
     ) -> Pick | None:
-        own = instance.levels[instance.plan_level]
-        total = own
-        for other in self.instances.values():
-            if other is not instance:
-                active = 1.0 if other.run is not None or other.waiting else other.duty
-                total += other.levels[other.plan_level] * active
-        wanted = self.capacity * own / total
-        levels = instance.levels
-        level = max(bisect_left(levels, wanted * 1.1) - 1, 0)
+        """The capacity, divided among those with claims as their plans divide it; more when only that meets
+        the deadline. None when so little of it is free that waiting for more is better."""
+        levels, own = instance.levels, instance.levels[instance.plan_level]
+        part = min(self.capacity * own / (self._claims - instance.claim + own), levels[-1])
         top = bisect_right(levels, available + ROUNDING) - 1
-        if top < 0:
+        if top < 0 or (levels[top] < ENOUGH * part and self.running):
             return None
-        level = min(level, top)
-        if levels[level] < 0.7 * own and levels[level] < wanted * 0.7:
-            return None
+        level = min(bisect_right(levels, part * LEVEL_ROUND_UP) - 1, top)
+        level = max(level, 0)
         pick = self._batch(instance, level, start, slow, now)
         while pick.missed and level < top:
             level += 1
@@ -334,7 +350,11 @@ class DStackEngine(EngineBase):
         if not slo_us:
             batch = max(1, times.largest_batch(level, self._shortest_slo_us / 2 / factor))
             return self._filled(instance, level, percent, batch, start, factor)
-        batch = max(1, times.largest_batch(level, self.rules.run_fraction * slo_us / factor))
+        longest_us = self.rules.run_fraction * slo_us
+        if self.overloaded:  # nobody runs longer than its part of a session
+            part = instance.model.weight / max(self._weights, instance.model.weight)
+            longest_us = min(longest_us, part * self.session_us * self.capacity / percent)
+        batch = max(1, times.largest_batch(level, longest_us / factor))
         slack = instance.deadline_us - start
         fit = times.largest_batch(level, slack / factor) if slack > 0 else 0
         want = min(waiting, batch)

@@ -62,8 +62,8 @@ class Run:
     """One grant, from its decision to its end. Times in us; `left_us` is what would be left of it, alone."""
 
     __slots__ = (
-        "alone_us", "batch", "end_us", "grant_id", "lease_us", "left_us", "level", "percent", "rows", "slow",
-        "start_us", "touched_us", "worth",
+        "alone_us", "batch", "charged", "end_us", "grant_id", "lease_us", "left_us", "level", "percent",
+        "rows", "slow", "start_us", "touched_us", "worth",
     )  # fmt: skip
 
     def __init__(self, grant_id: int, level: int, percent: float, batch: int, rows: int) -> None:
@@ -76,6 +76,7 @@ class Run:
         self.left_us = 1.0
         self.slow = 1.0
         self.worth = 0.0
+        self.charged = 0.0  # GPU%-time put on the scoreboard in advance
         self.start_us = self.touched_us = self.end_us = self.lease_us = 0
 
 
@@ -83,11 +84,13 @@ class Instance:
     """One running copy of a model and the state of its queue as it last reported it."""
 
     __slots__ = (
+        "active_us",
         "batch_size",
         "boosted",
         "busy_us",
         "chainable",
         "chained",
+        "claim", "claim_weight",
         "deadline_us",
         "duty",
         "duty_since_us",
@@ -135,6 +138,8 @@ class Instance:
         self.go_us = 0
         self.slow_seen = 1.0  # slowdown by co-runners, moving average
         self.duty = 0.0
+        self.claim = self.claim_weight = 0.0  # what it counts for among those that share the GPU
+        self.active_us = -NEVER
         self.busy_us = 0
         self.duty_since_us = 0
         self.boosted = False  # waited a whole session

@@ -5,6 +5,7 @@ Spelled in the command line as: poisson | gamma:CV | periodic | onoff:ON_S:OFF_S
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal
@@ -64,7 +65,8 @@ class Arrivals:
             pieces.append(at_us + np.sort(rng.uniform(0, on_us, count)))
             at_us += on_us + rng.exponential(self.off_s * 1e6)
         times = np.concatenate(pieces)
-        return times[times >= 0]
+        inside: NDArray[np.float64] = times[times >= 0]
+        return inside
 
     def _replay(self, rate_per_s: float, duration_us: int, stripe: int) -> NDArray[np.float64]:
         """The trace, its time scaled so that its mean rate is rate_per_s, repeated where it is too short."""
@@ -77,13 +79,13 @@ class Arrivals:
         return np.concatenate([(turned + turn * span) * scale for turn in range(turns)])
 
 
-def _renewal(gaps: object, rate_per_s: float, duration_us: int) -> NDArray[np.float64]:
+def _renewal(
+    draw: Callable[[int], NDArray[np.float64]], rate_per_s: float, duration_us: int
+) -> NDArray[np.float64]:
     """Sums of gaps of mean one, scaled to the rate, until they pass the duration."""
-    draw = gaps
-    assert callable(draw)
     mean_us = 1e6 / rate_per_s
     expected = duration_us / mean_us
-    times = np.cumsum(draw(int(expected + 6 * np.sqrt(expected) + 20))) * mean_us
+    times: NDArray[np.float64] = np.cumsum(draw(int(expected + 6 * np.sqrt(expected) + 20))) * mean_us
     while times[-1] < duration_us:
         more = times[-1] + np.cumsum(draw(int(expected / 4) + 20)) * mean_us
         times = np.concatenate([times, more])

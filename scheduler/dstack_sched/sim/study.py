@@ -36,7 +36,8 @@ _PEAK_STEPS = 40
 @dataclass(frozen=True, slots=True)
 class Case:
     """What is asked: models at given rates on one GPU of the profiled kind. levels: shares that backends take
-    from batch to batch; empty: fixed shares. shares: the static deployment; capacity_percent of the engine."""
+    from batch to batch; empty: fixed shares. shares: the static deployment. capacity_percent: of the engine.
+    """
 
     speeds: SpeedModel
     demands: tuple[ModelDemand, ...]

@@ -152,7 +152,9 @@ class World:
             if index == self._epoch and self.engine is not None:
                 self._tell(payload, now)  # type: ignore[arg-type]
         elif kind == TO_BACKEND:
-            self._obey(self.backends[index], payload, now)  # type: ignore[arg-type]
+            epoch, decision = payload  # type: ignore[misc]
+            if epoch == self._epoch and self.engine is not None:
+                self._obey(self.backends[index], decision, now)
         elif kind == TIMER:
             if payload == self._timer_token and self.engine is not None:
                 self._tell(TimerFired(), now)
@@ -176,18 +178,16 @@ class World:
                 self._join(backend, now)
 
     def _join(self, backend: Backend, now: int) -> None:
+        """The backend's messages on a new connection; after BackendLeft of the old one, if any."""
         spec, job = backend.spec, backend.job
-        self._tell(
-            BackendJoined(
-                spec.name, spec.demand.name, spec.gpu_percent, spec.levels, spec.max_batch_size,
-                spec.batch_size, spec.slo_us, spec.demand.on_late,
-                job.percent if job else 0.0, ceil(min(job.end_us, FOREVER)) if job else 0,
-            ),
-            now,
+        joined = BackendJoined(
+            spec.name, spec.demand.name, spec.gpu_percent, spec.levels, spec.max_batch_size,
+            spec.batch_size, spec.slo_us, spec.demand.on_late,
+            job.percent if job else 0.0, ceil(min(job.end_us, FOREVER)) if job else 0,
         )  # fmt: skip
+        self._send(joined, now)
         waiting = backend.waiting(now)
-        if waiting:
-            self._tell(WorkQueued(spec.name, waiting, backend.deadline_us()), now)
+        self._report(backend, waiting, now)
 
     def _tell(self, event: Event, now: int) -> None:
         engine = self.engine
@@ -207,7 +207,7 @@ class World:
                 self.overloads.append((now, decision))  # type: ignore[arg-type]
             else:
                 backend = self.by_name[decision.instance]  # type: ignore[union-attr]
-                self._push(at, TO_BACKEND, backend.index, decision)
+                self._push(at, TO_BACKEND, backend.index, (self._epoch, decision))
 
     def _send(self, event: Event, now: float) -> None:
         self._push(ceil(now) + self.scenario.delays.to_engine_us, TO_ENGINE, self._epoch, event)
@@ -221,6 +221,7 @@ class World:
             return
         if self.engine is None:
             self._run_ungated(backend, now)
+            self._expect_more(backend, backend.waiting(now))
         else:
             self._report(backend, waiting, now)
         self._arm(backend)
@@ -238,6 +239,8 @@ class World:
     def _arm(self, backend: Backend) -> None:
         """Wake up when the queue reaches notify_at rows."""
         backend.wake_token += 1
+        if backend.down or (self.engine is None and backend.job is not None):
+            return  # it looks at its queue when it is back, or when the batch ends
         at = backend.head + backend.notify_at - 1
         if at < len(backend.arrivals):
             self._push(max(backend.arrivals[at], self.now_us), ARRIVAL, backend.index, backend.wake_token)
@@ -307,6 +310,9 @@ class World:
         if self.engine is None:
             backend.chained = None
             self._run_ungated(backend, now)
+            if backend.job is None:
+                self._expect_more(backend, 0)
+                self._arm(backend)
             return
         waiting = backend.waiting(now)
         deadline = backend.deadline_us() if waiting else 0
@@ -363,7 +369,6 @@ class World:
         if fault.kind == "arbiter":
             self._start_engine(now)
             for backend in self.backends:
-                self._expect_more(backend, backend.waiting(now))
                 self._arm(backend)
             return
         backend = self.by_name[fault.instance]
@@ -377,5 +382,4 @@ class World:
             self._run_ungated(backend, now)
         else:
             self._join(backend, now)
-        self._expect_more(backend, backend.waiting(now))
         self._arm(backend)
