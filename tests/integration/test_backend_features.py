@@ -7,6 +7,7 @@ mixed, floats may differ in the last places.
 from __future__ import annotations
 
 import random
+import signal
 import threading
 import time
 import urllib.request
@@ -25,6 +26,7 @@ from dstack_backend.endpoint import SOCKET_VARIABLE
 from dstack_backend.staging import aligned
 from dstack_sched.adapters.triton_process import TritonProcess, find_server
 from fakes import feature_models as made
+from fakes.arbiter_bench import ArbiterProcess
 
 Feeds = Mapping[str, np.ndarray]
 CLIENTS = 32
@@ -76,8 +78,9 @@ def build_repository(root: Path) -> Path:
 class Served:
     """A server with the models above, and a plain onnxruntime session of each."""
 
-    def __init__(self, server: TritonProcess, repository: Path):
+    def __init__(self, server: TritonProcess, repository: Path, socket: Path):
         self.server = server
+        self.socket = socket
         self.repository = repository
         self._plain: dict[Path, ort.InferenceSession] = {}
         self._lock = threading.Lock()
@@ -132,7 +135,9 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         find_server(),
         repository,
         log_path=root / "triton.log",
-        env={SOCKET_VARIABLE: str(root / "no-arbiter.sock")},
+        env={
+            SOCKET_VARIABLE: str(root / "private" / "arbiter.sock")
+        },  # nobody listens until a test begins to
     )
     try:
         server.start()
@@ -140,7 +145,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         names = sorted(path.name for path in repository.iterdir())
         with ThreadPoolExecutor(4) as pool:
             list(pool.map(loader.load_model, names))
-        yield Served(server, repository)
+        yield Served(server, repository, root / "private" / "arbiter.sock")
     finally:
         server.stop()
 
@@ -426,9 +431,7 @@ def one_of_everything(served: Served, client: grpc.InferenceServerClient, seed: 
     assert_equal(got, served.plain(model, feeds, outputs, version), exact=False)
 
 
-def test_everything_at_once_under_32_clients(served: Served) -> None:
-    """Mixed kinds, shapes and sizes from 32 clients: each gets its own answer; some batches hold several."""
-
+def ask_everything(served: Served) -> None:
     def client_of(number: int) -> None:
         with served.client() as client:
             for round_ in range(40):
@@ -437,6 +440,38 @@ def test_everything_at_once_under_32_clients(served: Served) -> None:
     with ThreadPoolExecutor(CLIENTS) as pool:
         for future in [pool.submit(client_of, number) for number in range(CLIENTS)]:
             future.result(timeout=90)
+
+
+def test_everything_at_once_under_32_clients(served: Served) -> None:
+    """Mixed kinds, shapes and sizes from 32 clients: each gets its own answer; some batches hold several."""
+    ask_everything(served)
+    time.sleep(1.1)  # metrics are brought up to date each second
+    batched = ("every_type", "dense", "dynamic", "with_default", "text", "external", "versions")
+    requests = sum(served.metric("dstack_requests_total", name) for name in batched)
+    assert sum(served.metric("dstack_batches_total", name) for name in batched) < requests
+
+
+def test_everything_at_once_under_the_arbiter(served: Served, tmp_path: Path) -> None:
+    """The same with all models under one arbiter's grants, from joining to its end by kill -9 under load."""
+    arbiter = ArbiterProcess(served.socket, tmp_path / "arbiter.log")
+    try:
+        ready = served.client().get_model_repository_index(as_json=True)["models"]
+        wanted = len({each["name"] for each in ready if each.get("state") == "READY"})
+        give_up = time.monotonic() + WITHIN_S
+        while len({each["model"] for each in arbiter.client.request("status")["backends"]}) < wanted:
+            assert time.monotonic() < give_up, "not all instances joined"
+            time.sleep(0.05)
+        ask_everything(served)
+        killer = threading.Timer(0.3, arbiter.end, [signal.SIGKILL])
+        killer.start()
+        ask_everything(served)
+        killer.join()
+    finally:
+        arbiter.popen.kill()
+        arbiter.popen.wait()
+    time.sleep(1.1)  # metrics are brought up to date each second
+    assert served.metric("dstack_grants_total", "dense") > 0
+    assert served.metric("dstack_arbiter_disconnects_total", "dense") == 1
 
 
 def test_unload_under_load_answers_every_accepted_request(served: Served) -> None:
