@@ -134,10 +134,11 @@ class Counters:
         self.rates = {"a": 20.0, "b": 5.0}
         self.counts = {"a": 0.0, "b": 0.0}
         self.down = False
+        self.unloaded = ""
         self._last_s = 0.0
 
     def statistics(self, model: str) -> dict[str, Any]:
-        if self.down:
+        if self.down or model == self.unloaded:
             raise ServerError("Triton is away")
         passed_s, self._last_s = self.clock.now - self._last_s, self.clock.now
         for name, rate in self.rates.items():
@@ -254,6 +255,13 @@ def test_failures_of_the_server_or_the_solver_do_not_end_the_watch(bench: Bench)
     bench.steps.fail = SolverError("numerical failure")
     assert bench.watch(first, 120) is first
     bench.steps.fail = None
+    assert bench.watch(first, 120) is not first
+
+
+def test_a_model_that_is_not_loaded_does_not_blind_the_others(bench: Bench) -> None:
+    first = bench.loop.once()
+    bench.server.unloaded = "b"
+    bench.server.rates["a"] = 80.0
     assert bench.watch(first, 120) is not first
 
 

@@ -17,7 +17,7 @@ from dstack_sched.domain.change import ApplyReport
 from dstack_sched.domain.plan import Plan
 from dstack_sched.domain.profile import ProfileSet
 from dstack_sched.domain.workload import Workload
-from dstack_sched.errors import DstackError, InfeasibleError
+from dstack_sched.errors import DstackError, InfeasibleError, ServerError
 from dstack_sched.ports import Clock, DecisionLog, ModelServer
 
 
@@ -102,14 +102,23 @@ class ControlLoop:
         return current
 
     def measure(self) -> dict[str, float]:
-        """Read every model's counters; the rates that are known by now, per second."""
-        now_us = self._clock.now_us()
+        """Read every model's counters; the rates that are known by now, per second.
+
+        A model that cannot be read (not loaded just now) is left out. Errors: ServerError when none can be.
+        """
         rates = {}
+        failure: DstackError | None = None
         for model, meter in self._meters.items():
-            meter.add(arrivals(self._server.statistics(model), model), now_us)
+            try:
+                meter.add(arrivals(self._server.statistics(model), model), self._clock.now_us())
+            except ServerError as error:
+                failure = error
+                continue
             rate = meter.rate_per_s()
             if rate is not None:
                 rates[model] = rate
+        if failure is not None and not rates:
+            raise failure
         return rates
 
     def _round(self, profiles: ProfileSet, workload: Workload, reason: str) -> Round:
