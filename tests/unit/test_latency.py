@@ -211,3 +211,15 @@ def test_a_fit_that_misses_by_more_than_5_percent_is_not_trusted():
     assert 0.05 < found.fit_error < 0.15
     assert found.kind == "grid"
     assert found.max_relative_error < 1e-9
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_filled_cells_of_a_grid_are_monotone_too(seed):
+    """Most of a wide grid is missing, the rest noisy: what fills the holes must not break the order."""
+    rng = np.random.default_rng(seed)
+    found = list(points(random_shape(rng), range(10, 101, 10), (1, 2, 4, 8, 16, 32), rng, noise=0.4))
+    rng.shuffle(found)
+    surface = LatencySurface("m", found[:24])
+    assert surface.kind == "grid"
+    table = np.array(surface.table(surface.percents, surface.batches))
+    assert (np.diff(table, axis=0) <= 1e-9).all() and (np.diff(table, axis=1) >= -1e-9).all()

@@ -67,7 +67,11 @@ class MonotoneGrid:
         slower = (p <= grid_p[..., None]) & (b >= grid_b[..., None])
         low = np.where(faster, self.repaired_ms, 0.0).max(axis=-1)
         high = np.where(slower, self.repaired_ms, np.inf).min(axis=-1)
-        filled = guide(grid_p, grid_b) * _correction(p, b, self.repaired_ms / guide(p, b), grid_p, grid_b)
+        filled = guide(grid_p, grid_b)
+        if p.size < grid_p.size:
+            filled = filled * _correction(p, b, self.repaired_ms / guide(p, b), grid_p, grid_b)
+            # The correction is not monotone: take the least monotone table that is nowhere faster.
+            filled = np.maximum.accumulate(np.maximum.accumulate(filled, axis=1)[::-1], axis=0)[::-1]
         # Repaired neighbours may differ by rounding: the order of the two clips keeps the table monotone.
         self.table_ms = np.maximum(np.minimum(filled, high), low)
         self._log_p, self._log_b = np.log(self.percents), np.log(self.batches)
