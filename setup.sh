@@ -53,7 +53,7 @@ if ! "$venv/bin/python" -c "import sys, pip; sys.exit('%d.%d' % sys.version_info
 fi
 runtime=cpu
 [ -e /dev/nvidiactl ] && runtime=gpu
-pip() { "$venv/bin/python" -m pip --disable-pip-version-check -q "$@"; }
+pip() { "$venv/bin/python" -m pip --disable-pip-version-check -qq "$@"; }
 pip install --upgrade 'pip>=24'
 pip install -e ".[$runtime,dev]"
 # Its metadata pins numpy<2 and pulls a web stack; only the server and the libraries inside are wanted.

