@@ -51,6 +51,10 @@ lint: setup ## ruff and the import rules
 types: setup ## mypy
 	$(BIN)/mypy
 
+.PHONY: perf-planning
+perf-planning: setup ## time of the batch and joint programs, and how it grows -> perf/reports/planning.json
+	$(BIN)/python perf/planning.py
+
 .PHONY: perf-engine
 perf-engine: setup ## time of a decision and of a grant's round trip -> perf/reports/engine.json
 	$(BIN)/python perf/engine.py
