@@ -328,10 +328,12 @@ def test_a_failing_batch_fails_its_own_requests_only(served: Served) -> None:
     assert_equal(ask(client, "lookup", feeds), served.plain("lookup", feeds))
 
 
-def start_slow(client: grpc.InferenceServerClient, model: str, count: int, done: Callable, **options: Any):
-    """Send requests that run one after another, some 10 ms each, without waiting; returns their handles."""
-    tensor = grpc.InferInput("x", [1, 16, 512], "FP32")
-    tensor.set_data_from_numpy(np.ones((1, 16, 512), np.float32))
+def start_slow(
+    client: grpc.InferenceServerClient, model: str, count: int, done: Callable, rows: int = 1, **options: Any
+):
+    """Send requests that take some 6 ms a row, without waiting; returns their handles."""
+    tensor = grpc.InferInput("x", [rows, 16, 512], "FP32")
+    tensor.set_data_from_numpy(np.ones((rows, 16, 512), np.float32))
     return [
         client.async_infer(model, [tensor], lambda result, error: done(error), **options)
         for _ in range(count)
@@ -355,19 +357,23 @@ class Outcomes:
 
 
 def test_cancelled_requests_do_not_run(served: Served) -> None:
-    """Cancelled while others run ahead of them: answered as cancelled, and counted, not run."""
-    client, outcomes = served.client(), Outcomes()
-    handles = start_slow(client, "patient", 40, outcomes)
-    outcomes.wait(1)
+    """Cancelled while a long request runs ahead of them: answered as cancelled, and counted, not run."""
+    client, long, short = served.client(), Outcomes(), Outcomes()
+    start_slow(client, "patient", 1, long, rows=64)
+    time.sleep(0.05)
+    handles = start_slow(client, "patient", 20, short)
+    time.sleep(0.05)
     for handle in handles:
         handle.cancel()
-    outcomes.wait(39)
+    short.wait(20)
+    long.wait(1)
+    assert long.errors == [None]
     assert ask(client, "patient", {"x": np.ones((1, 16, 512), np.float32)})["y"].shape == (1, 16, 512)
     give_up = time.monotonic() + 10
     while not served.metric("dstack_cancelled_total", "patient"):
         assert time.monotonic() < give_up, "no cancellation was noticed"
         time.sleep(0.2)
-    assert served.metric("dstack_batches_total", "patient") < 40
+    assert served.metric("dstack_batches_total", "patient") < 64 + 20 + 1
 
 
 def test_late_requests_are_rejected_or_served_as_the_config_says(served: Served) -> None:
