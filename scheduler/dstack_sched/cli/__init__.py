@@ -34,6 +34,7 @@ VERBS = (
     "profile",
     "run",
     "serve",
+    "simulate",
     "status",
 )
 

@@ -152,9 +152,9 @@ class World:
             if index == self._epoch and self.engine is not None:
                 self._tell(payload, now)  # type: ignore[arg-type]
         elif kind == TO_BACKEND:
-            epoch, decision = payload  # type: ignore[misc]
-            if epoch == self._epoch and self.engine is not None:
-                self._obey(self.backends[index], decision, now)
+            assert isinstance(payload, tuple)
+            if payload[0] == self._epoch and self.engine is not None:
+                self._obey(self.backends[index], payload[1], now)
         elif kind == TIMER:
             if payload == self._timer_token and self.engine is not None:
                 self._tell(TimerFired(), now)
