@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,17 +41,28 @@ class Deployment:
 
         Errors: InputError with all as before; MachineError while another controller is at it.
         """
+        with self.applier() as applier:
+            report = applier.apply(plan)
+        for note in report.notes:
+            say(note)
+        self.tell_arbiter(plan, profiles, workload)
+        return report
+
+    def recover(self) -> None:
+        """Finish or undo what an earlier controller left. Errors: MachineError while another one is at it."""
+        with self.applier():
+            pass
+
+    @contextmanager
+    def applier(self) -> Iterator[Applier]:
+        """The only one at work on this repository, with nothing half done behind it."""
         stubs = LocalStubProcesses(self.server.url)
         with FileEditJournal(self.state, self.repository.root) as journal:
             self.repository.sweep()
             applier = Applier(self.repository, self.server, journal, stubs, SystemClock(), say_progress)
             for line in applier.recover():
                 say(line)
-            report = applier.apply(plan)
-        for note in report.notes:
-            say(note)
-        self.tell_arbiter(plan, profiles, workload)
-        return report
+            yield applier
 
     def tell_arbiter(self, plan: Plan, profiles: ProfileSet, workload: Workload) -> None:
         """The plan as the engines take it. The configs are in force by now, so trouble here is said only:

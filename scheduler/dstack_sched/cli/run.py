@@ -114,6 +114,8 @@ def run(
         server.require_ready()
         deployment = Deployment(served_repository(url, repository), server, state, socket)
         check_models(wanted, deployment, workload)
+        if not dry_run:
+            deployment.recover()
         loop = ControlLoop(
             LiveSteps(
                 deployment,
