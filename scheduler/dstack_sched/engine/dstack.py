@@ -49,6 +49,7 @@ MIN_SESSION_US = 100_000  # where no model has an objective
 Entry = tuple[int, int, Instance, bool]  # urgency, serial (ties by age), instance, whether it runs
 ENOUGH = 0.7  # a free share below this part of what one should get is not worth starting with
 LEVEL_ROUND_UP = 1.1  # the level taken may be this much above the exact part
+ROWS_WORTH_WAITING = 0.5  # rows expected until it must go
 MISS_RATE_GAIN = 0.02  # one grant's weight in the miss rate
 OVERLOAD_ON, OVERLOAD_OFF = 0.05, 0.02
 
@@ -101,7 +102,7 @@ class DStackEngine(EngineBase):
         self._shortest_slo_us = NEVER
         self._vfloor = 0.0  # virtual time of the last model that started
         self._ready: list[Entry] = []  # who may be granted now, most urgent first
-        self._waits = False
+        self._parked: list[Entry] = []  # have work, but wait for more; in the same order
         self._claims = 0.0  # GPU% by plan of those that have work, or mostly have
         self._weights = 0.0  # and their weights
         self._chainable = 0  # how many of them run already
@@ -207,9 +208,19 @@ class DStackEngine(EngineBase):
     def _unplace(self, instance: Instance) -> None:
         entry = instance.entry
         if entry is not None:
-            del self._ready[bisect_left(self._ready, entry)]
+            held = self._parked if instance.parked else self._ready
+            del held[bisect_left(held, entry)]
             self._chainable -= entry[3]
-            instance.entry = None
+            instance.entry, instance.parked = None, False
+
+    def _park(self, instance: Instance, until_us: int) -> None:
+        """Leave an instance aside until then, or until its queue changes: a pass looks only at the others."""
+        entry = instance.entry
+        assert entry is not None and instance.run is None
+        self._unplace(instance)
+        insort(self._parked, entry)
+        instance.entry, instance.parked = entry, True
+        self._wake(until_us, WAKE_GO, instance, instance.deadline_us)
 
     def _urgency(self, instance: Instance) -> int:
         """Latest start; under overload plus the virtual time; best-effort models after all others."""
@@ -226,7 +237,10 @@ class DStackEngine(EngineBase):
     # ---- the pass -------------------------------------------------------------------------------------
 
     def _schedule(self, now: int) -> None:
-        ready = self._ready
+        ready, parked, reserve = self._ready, self._parked, self.rules.reserve
+        if parked and not self.running:  # nobody waits beside an idle GPU
+            for entry in tuple(parked):
+                self._place(entry[2], now)
         at = 0
         place: Place | None = None  # what the first one that did not fit has reserved
         while at < len(ready):
@@ -235,12 +249,16 @@ class DStackEngine(EngineBase):
                 return
             instance = ready[at][2]
             pick = self._pick(instance, free + instance.share, now)
+            if instance.parked:
+                continue
+            if place is None and reserve and parked and parked[0] < ready[at]:
+                place = self._reserve(parked[0][2], free, now)
             if pick is not None and (place is None or place.admits(pick)):
                 self._carry_out(instance, pick, now)
                 if place is not None:
                     place.spare -= pick.percent
                 continue
-            if pick is None and place is None and self.rules.reserve and not self._waits:
+            if pick is None and place is None and reserve:
                 place = self._reserve(instance, free, now)
             at += 1
 
@@ -302,12 +320,25 @@ class DStackEngine(EngineBase):
         go_us = instance.deadline_us - int(run_us + self.rules.patience * instance.slo_us)
         if go_us <= start:
             return False
-        if instance.rate_per_us * (go_us - start) < 0.5:
+        if instance.rate_per_us * (go_us - start) < ROWS_WORTH_WAITING:
             return False
-        if instance.run is None and instance.go_us != go_us:
+        if instance.run is None:
+            self._wait(instance, go_us, slow, now)
+        return True
+
+    def _wait(self, instance: Instance, go_us: int, slow: float, now: int) -> None:
+        """Park it for as long as `_may_wait` would say so whatever its co-runners do, then look at it in
+        every pass until go_us."""
+        times, rules = instance.times, self.rules
+        worst = max(slow, instance.model.slowdown(self.capacity)) * (1 + rules.safety)
+        run_us = times.us[instance.plan_level][instance.waiting] * times.scale * worst
+        surely_us = run_us + rules.patience * instance.slo_us + ROWS_WORTH_WAITING / instance.rate_per_us
+        until_us = instance.deadline_us - int(surely_us) - 2
+        if until_us > now:
+            self._park(instance, until_us)
+        elif instance.go_us != go_us:
             instance.go_us = go_us
             self._wake(go_us, WAKE_GO, instance, instance.deadline_us)
-        return True
 
     def _proportional(
         self, instance: Instance, available: float, start: int, slow: float, now: int
@@ -433,7 +464,7 @@ class DStackEngine(EngineBase):
         )
         if overloaded != self.overloaded:
             self.overloaded = overloaded
-            for entry in tuple(self._ready):
+            for entry in (*self._ready, *self._parked):
                 self._place(entry[2], self.now_us)
 
     def _report(self, instance: Instance, reason: str, now: int) -> None:

@@ -103,6 +103,7 @@ class Instance:
         "max_batch",
         "model",
         "name",
+        "parked",
         "plan_level",
         "rate_per_us",
         "rate_rows",
@@ -136,6 +137,7 @@ class Instance:
         self.entry: tuple[int, int, Instance, bool] | None = None
         self.chainable = False  # runs, and its next batch may be decided
         self.go_us = 0
+        self.parked = False  # waits for more rows, aside from those that may be granted
         self.slow_seen = 1.0  # slowdown by co-runners, moving average
         self.duty = 0.0
         self.claim = self.claim_weight = 0.0  # what it counts for among those that share the GPU
