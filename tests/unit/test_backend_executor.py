@@ -228,12 +228,12 @@ def test_late_requests_are_rejected_before_they_run_where_asked(rig: Rig) -> Non
 
 def test_late_requests_are_served_and_counted_otherwise(rig: Rig) -> None:
     executor = rig.start(slo_us=10_000)
-    late = FakeRequest(1)
+    late = FakeRequest([1, 2])
     executor.submit([late])
     rig.now_us += 20_000
     rig.gate.grant(4)
     assert doubled(late)
-    assert rig.gate.finished[0][2] == 1
+    assert rig.gate.finished[0][1:] == (2, 2)  # rows, and rows that were late
     assert executor.stats.late == 1
 
 

@@ -50,6 +50,11 @@ def monotonic_us() -> int:
     return time.monotonic_ns() // 1000
 
 
+def late_rows(batch: Batch, now_us: int) -> int:
+    """Rows of a batch that are past their deadline."""
+    return sum(part.stop - part.start for part in batch.parts if part.item.deadline_us < now_us)
+
+
 class Executor:
     """One instance's queue and threads.
 
@@ -250,7 +255,7 @@ class Executor:
         """The device is free: tell the gate before any client is answered, then see to the answers."""
         batch, now_us = job.batch, self._now_us()
         run_us = job.stage_ns.get("run", 0) // 1000
-        late = sum(part.item.deadline_us < now_us for part in batch.parts) if batch else 0
+        late = late_rows(batch, now_us) if batch else 0
         self._gate.done(job.permit, batch.rows if batch else 0, late, run_us)
         with self._lock:
             if batch is None:
