@@ -18,6 +18,7 @@ from dstack_sched.policy.parallelism import fit_parallelism, held_out_errors
 from dstack_sched.policy.runnable import runnable_grid
 
 RATE_PER_S = 1000.0
+TIE = 0.03
 SLO_MULTIPLES = (2.5, 4.0, 8.0, 16.0, 32.0)  # of the fastest possible run of the model
 
 
@@ -89,7 +90,8 @@ def compare_with_grid(
 
     For every SLO (and none): the grid point that the adaptive surface calls best, and the one that the grid's
     own measurements call best; both valued by the grid's measurements. efficacy_ratio is the first over the
-    second. A point counts as good enough for an SLO within 3% of its limits: both sides are measured.
+    second. Points within TIE of an SLO's limits are left out on the grid's side, and allowed on the other:
+    two measurements of one point differ by as much, and which side of the limit they fall on is chance.
     """
     surface = LatencySurface.from_profile(profile)
     places = {(point.gpu_percent, point.batch_size): point for point in profile.points}
@@ -136,7 +138,8 @@ def compare_choice(surface: LatencySurface, grid: Sequence[ProfilePoint], slo_ms
     def value(point: ProfilePoint, latency_ms: float) -> float:
         return efficacy(point.gpu_percent, point.batch_size, latency_ms)
 
-    best = max((p for p in grid if allowed(p, p.latency_ms_p50)), key=lambda p: value(p, p.latency_ms_p50))
+    safe = [p for p in grid if allowed(p, p.latency_ms_p50, slack=1 - TIE)]
+    best = max(safe, key=lambda p: value(p, p.latency_ms_p50))
     seen = [p for p in grid if allowed(p, predicted(p))] or [min(grid, key=predicted)]
     chosen = max(seen, key=lambda p: value(p, predicted(p)))
     ratio = value(chosen, chosen.latency_ms_p50) / value(best, best.latency_ms_p50)
@@ -145,7 +148,7 @@ def compare_choice(surface: LatencySurface, grid: Sequence[ProfilePoint], slo_ms
         "adaptive": [chosen.gpu_percent, chosen.batch_size],
         "grid": [best.gpu_percent, best.batch_size],
         "efficacy_ratio": round(ratio, 4),
-        "meets_slo": allowed(chosen, chosen.latency_ms_p50, slack=1.03),
+        "meets_slo": allowed(chosen, chosen.latency_ms_p50, slack=1 + TIE),
     }
 
 

@@ -28,11 +28,12 @@ from dstack_sched.ports import Clock, LatencyProbe, ProfileStore
 
 KNEE_BATCH = 16
 REPEAT_ROUNDS = 4
+MAX_CONFIRMED = 8
 MEMORY_RESERVE = 1.6  # larger batches need more than the first, and a device must not be filled
 GOOD_PREDICTIONS = 8  # in a row, each made before its point was measured
 CPU_BATCHES = (1, 2, 4, 8)
 GPU_BATCHES = (1, 2, 4, 8, 16, 32)
-GPU_PERCENTS = (10.0, 20.0, 30.0, 40.0, 50.0, 60.0, 80.0, 100.0)
+GPU_PERCENTS = tuple(float(p) for p in range(10, 101, 10))
 CPU_DRIVER = "cpu"
 
 
@@ -127,6 +128,7 @@ def profile_model(
         run.measure_start()
         run.measure_on()
         run.repair()
+        run.confirm()
     return run.result()
 
 
@@ -166,7 +168,7 @@ class _Run:
         reached = max((batch for _, batch in self._points), default=0)
         if reached < self._batches[-1] or self._error() > self._options.target_error:
             return False
-        return not decisive_places(tuple(self._points.values()), self._candidates())
+        return all(place in self._points for place in self._decisive())
 
     def prepare(self) -> None:
         """Measure the cheapest place, drop the batches that would take too long, make the rest ready."""
@@ -198,6 +200,18 @@ class _Run:
                 return
             self._measure_and_learn(place)
 
+    def confirm(self) -> None:
+        """Measure what plans would be made of a second time, later: a device drifts by percents."""
+        if self._options.exhaustive:
+            return
+        for place in [place for place in self._decisive() if place in self._points][:MAX_CONFIRMED]:
+            if self._left_s() <= 0:
+                return
+            self._measure(place, combine=_mean)
+
+    def _decisive(self) -> list[Place]:
+        return decisive_places(tuple(self._points.values()), self._candidates())
+
     def repair(self) -> None:
         """Measure points again that break the order of latencies: what disturbs only ever adds, so the faster
         of two measurements counts. A slow point that stays in the way is given up."""
@@ -206,7 +220,7 @@ class _Run:
             if not slow_ones or self._left_s() <= 0:
                 break
             for place in sorted(slow_ones):
-                self._measure(place, again=True)
+                self._measure(place, combine=_faster)
         while wrong := self._wrong():
             self._settle(*wrong[0])
             self._store_points()
@@ -280,8 +294,12 @@ class _Run:
             self._batches = keep
             self._notes.append(f"{self._profile.name}: batches of {dropped[0]} and more are left out: {why}")
 
-    def _measure(self, place: Place, again: bool = False) -> None:
-        if place in self._points and not again:
+    def _measure(
+        self, place: Place, combine: Callable[[ProfilePoint, ProfilePoint], ProfilePoint] | None = None
+    ) -> None:
+        """Measure a place not known yet; or again, where `combine` says what two measurements mean."""
+        before = self._points.get(place)
+        if before is not None and combine is None:
             return
         try:
             point = self._probe.measure(*place)
@@ -290,9 +308,7 @@ class _Run:
                 raise
             self._drop(tuple(b for b in self._batches if b < place[1]), str(error))
             return
-        before = self._points.get(place)
-        if before is None or point.latency_ms_p50 < before.latency_ms_p50:
-            self._points[place] = point
+        self._points[place] = combine(before, point) if before is not None and combine else point
         self._measured += 1
         self._store_points()
         self._on_progress(
@@ -303,6 +319,20 @@ class _Run:
         memory = max(self._profile.memory_bytes, self._probe.memory_bytes())
         self._profile = replace(self._profile, points=tuple(self._points.values()), memory_bytes=memory)
         self._store.put(self._profile, self.device)
+
+
+def _faster(one: ProfilePoint, other: ProfilePoint) -> ProfilePoint:
+    return min(one, other, key=lambda point: point.latency_ms_p50)
+
+
+def _mean(one: ProfilePoint, other: ProfilePoint) -> ProfilePoint:
+    """Both medians count the same; the tail is the worse of the two."""
+    return replace(
+        one,
+        latency_ms_p50=(one.latency_ms_p50 + other.latency_ms_p50) / 2,
+        latency_ms_p99=max(one.latency_ms_p99, other.latency_ms_p99),
+        samples=one.samples + other.samples,
+    )
 
 
 CorunRunner = Callable[[tuple[tuple[str, float, int], ...]], CorunPoint]

@@ -22,7 +22,7 @@ from dstack_sched.policy.parallelism import MIN_POINTS, fit_parallelism
 
 MIN_INNER_POINTS = 2
 LIMITS = (1.25, 2.0, 4.0, 8.0, 16.0, float("inf"))
-EFFICACY_MARGIN = 0.05
+EFFICACY_MARGIN = 0.1  # twice the error of a good surface: efficacy squares latency
 CORUN_PERCENTS = (25.0, 50.0, 70.0, 100.0)
 Place = tuple[float, int]
 
@@ -66,12 +66,11 @@ def surface_error(points: Sequence[ProfilePoint], *, complete: bool = False) -> 
 
 
 def decisive_places(points: Sequence[ProfilePoint], candidates: Sequence[Place]) -> list[Place]:
-    """The unmeasured candidates that plans may be made of, the most promising first.
+    """The candidates, measured or not, that plans may be made of, the most promising first.
 
     For each latency limit (LIMITS times the fastest run): the candidate of greatest predicted efficacy
     b / (p f^2) within it, and those that come within EFFICACY_MARGIN of it.
     """
-    measured = {(point.gpu_percent, point.batch_size) for point in points}
     p, b = (np.array(column, np.float64) for column in zip(*candidates, strict=True))
     latency_ms = LatencySurface("", points).latency_ms(p, b)
     efficacy = b / (p * latency_ms**2)
@@ -79,8 +78,7 @@ def decisive_places(points: Sequence[ProfilePoint], candidates: Sequence[Place])
     for limit in LIMITS:
         within = latency_ms <= limit * latency_ms.min()
         promise = np.maximum(promise, np.where(within, efficacy / efficacy[within].max(), 0.0))
-    wanted = [i for i in np.argsort(-promise, kind="stable") if promise[i] >= 1.0 - EFFICACY_MARGIN]
-    return [candidates[i] for i in wanted if candidates[i] not in measured]
+    return [candidates[i] for i in np.argsort(-promise, kind="stable") if promise[i] >= 1.0 - EFFICACY_MARGIN]
 
 
 def next_place(
@@ -96,7 +94,7 @@ def next_place(
     open_places = [place for place in everything if place not in measured]
     if not open_places:
         return None
-    decisive = decisive_places(points, everything)
+    decisive = [place for place in decisive_places(points, everything) if place not in measured]
     if decisive:
         return decisive[0]
     return open_places[int(np.argmax(prediction_spread(points, open_places, kernels, sms)))]
