@@ -52,7 +52,8 @@ MODELS = 64
 LEVELS = (10.0, 20.0, 30.0, 50.0, 70.0, 100.0)
 BATCHES = (1, 2, 4, 8, 16, 32)
 CAPACITY_PERCENT = 200.0  # what an H100 was found to take (FACTS)
-LOAD = 0.7  # demand over capacity, GPU%-time
+LOAD = 0.7  # demand over capacity, GPU%-time: the steady load of the targets
+OTHER_LOADS = (0.4, 1.0, 1.3)
 CLIENTS = (1, 2, 4, 8, 16, 32, 48)
 OTHERS_PERIOD_S = 0.02
 TARGET = {"decision_us_p50": 20.0, "decision_us_p99": 50.0, "grant_roundtrip_us_p50": 100.0}
@@ -76,9 +77,9 @@ class Model:
         return 1000.0 * (a0 + a1 * rows + (a2 + a3 * rows) / percent)
 
 
-def draw_models(rng: np.random.Generator, count: int) -> list[Model]:
+def draw_models(rng: np.random.Generator, count: int, load: float = LOAD) -> list[Model]:
     """Models from a quarter to twice as heavy as ResNet-50 on an H100 (4.3, 6.3, 10.8 ms for 16 rows at 100,
-    50, 25%), objectives of 50 to 200 ms, rates of equal GPU%-time that sum to LOAD of the capacity."""
+    50, 25%), objectives of 50 to 200 ms, rates of equal GPU%-time that sum to `load` of the capacity."""
     models = []
     for i in range(count):
         a = np.array([0.6, 0.10, 9.0, 12.5]) * np.exp(rng.uniform(np.log(0.25), np.log(2.0)))
@@ -90,7 +91,7 @@ def draw_models(rng: np.random.Generator, count: int) -> list[Model]:
         )  # fmt: skip
         model = Model(plan, a, 0.0, [])
         share_us = percent * model.run_us(percent, 8) / 8  # GPU%-us a row
-        model.rate_per_us = LOAD * CAPACITY_PERCENT / count / share_us
+        model.rate_per_us = load * CAPACITY_PERCENT / count / share_us
         models.append(model)
     return models
 
@@ -191,10 +192,10 @@ class Backends(Drive):
         self.at(now_us + run_us, "done", (grant, rows, run_us))
 
 
-def decisions(levels: bool, events: int, count: int = MODELS) -> dict[str, Any]:
+def decisions(levels: bool, events: int, load: float = LOAD, count: int = MODELS) -> dict[str, Any]:
     """Time every decision of a fresh engine under steady load; the first tenth warms up."""
     rng = np.random.default_rng(SEED)
-    drive = Backends(make_engine("dstack"), draw_models(rng, count), levels, rng)
+    drive = Backends(make_engine("dstack"), draw_models(rng, count, load), levels, rng)
     gc.collect()
     gc.disable()  # as the arbiter does
     try:
@@ -209,6 +210,7 @@ def decisions(levels: bool, events: int, count: int = MODELS) -> dict[str, Any]:
     return {
         "models": count,
         "levels": len(LEVELS) if levels else 1,
+        "load": load,
         "events": len(every),
         "mean_batch_rows": round(drive.rows / max(drive.batches, 1), 2),
         "late_share": round(drive.late / max(drive.rows, 1), 5),
@@ -338,8 +340,12 @@ def say(text: str) -> None:
 def study(events: int, rounds: int) -> dict[str, Any]:
     """All figures of the report."""
     one, many = decisions(False, events), decisions(True, events)
-    for row in (one, many):
-        say(f"decisions, 64 models, {row['levels']} levels: p50 {row['us_p50']} us, p99 {row['us_p99']} us")
+    rows = [one, many, *(decisions(levels, events, load) for load in OTHER_LOADS for levels in (False, True))]
+    for row in rows:
+        say(
+            f"decisions, {row['models']} models, load {row['load']}, {row['levels']} levels: "
+            f"p50 {row['us_p50']} us, p99 {row['us_p99']} us"
+        )
     growth = []
     for clients in CLIENTS:
         growth.append(round_trips(clients, rounds))
@@ -357,9 +363,8 @@ def study(events: int, rounds: int) -> dict[str, Any]:
         **figures,
         "targets": TARGET,
         "missed": missed,
-        "load": LOAD,
         "seed": SEED,
-        "decisions": [one, many],
+        "decisions": rows,
         "grant_roundtrip_by_clients": growth,
     }
 

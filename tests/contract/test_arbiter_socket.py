@@ -497,3 +497,22 @@ def test_full_house_still_has_a_status(path: Path) -> None:
         status = client.request("status")
         client.close()
     assert len(status["backends"]) == 255
+
+
+def test_clients_that_come_and_go_leave_nothing_behind(
+    running: Arbiter, control: SocketArbiterClient
+) -> None:
+    control.request("ping")
+    descriptors = len(list(Path("/proc/self/fd").iterdir()))
+    for i in range(300):
+        with Backend(running.path, f"model_{i % 3}") as backend:
+            backend.send(wire.Work(1, deadline_us()))
+            if i % 2:
+                backend.granted()
+    give_up = time.monotonic() + PATIENCE_S
+    while (status := control.request("status"))["backends"]:
+        assert time.monotonic() < give_up
+    assert len(list(Path("/proc/self/fd").iterdir())) == descriptors
+    assert status["gpus"]["0"]["granted_percent"] == 0
+    assert running.engines[-1].snapshot()["instances"] == {}
+    assert status["clients"] == 1
