@@ -21,6 +21,8 @@ from dstack_backend.metrics import Publisher, labels_of
 from dstack_backend.tensors import text_of
 
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+# The device thread must not wait 5 ms, Python's default, for a thread that loops over strings.
+sys.setswitchinterval(0.0005)
 make_tensor = numpy_bridge.install(pb_utils)
 
 
