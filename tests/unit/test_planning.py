@@ -260,6 +260,18 @@ def test_the_verb_prints_json_and_writes_the_plan(files):
     )
 
 
+def test_the_verb_finds_the_fewest_gpus_by_itself(files):
+    text = (files / "workload.yaml").read_text().replace("rate_per_s: 500", "rate_per_s: 9000")
+    (files / "workload.yaml").write_text(text)
+    done = _run(
+        "--profiles", files / "profiles.json", "--workload", files / "workload.yaml", "--json",
+        "--minimize", "gpus",
+    )  # fmt: skip
+    content = json.loads(done.stdout)
+    assert done.exit_code == 0 and content["feasible"] and 2 <= len(content["gpus"]) <= 4
+    assert len(content["models"]["resnet50"]["replicas"]) >= 2
+
+
 def test_the_verb_shows_a_table(files):
     done = _run("--profiles", files / "profiles.json", "--workload", files / "workload.yaml")
     assert done.exit_code == 0 and "resnet50" in done.stdout and "fits" in done.stdout

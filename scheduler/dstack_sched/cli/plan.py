@@ -17,6 +17,8 @@ from dstack_sched.config import read_workload
 from dstack_sched.domain.plan import Plan
 from dstack_sched.errors import InfeasibleError
 
+MOST_GPUS = 64
+
 
 class ObjectiveName(str, Enum):
     DEMAND = "demand"
@@ -43,7 +45,15 @@ def plan(
         ObjectiveName,
         typer.Option("--objective", help="demand: the joint program; efficacy: each model's batch program."),
     ] = ObjectiveName.DEMAND,
-    gpus: Annotated[int, typer.Option("--gpus", metavar="N", help="GPUs of the profiled kind.")] = 1,
+    gpus: Annotated[
+        int | None,
+        typer.Option(
+            "--gpus",
+            metavar="N",
+            show_default="1; with --minimize gpus: 64",
+            help="GPUs of the profiled kind.",
+        ),
+    ] = None,
     minimize: Annotated[
         Minimize | None, typer.Option("--minimize", help="Use as few of the --gpus as possible.")
     ] = None,
@@ -70,7 +80,7 @@ def plan(
     known, wanted = read_profiles(profiles), read_workload(workload)
     options = PlanOptions(
         objective=objective.value,
-        gpus=gpus,
+        gpus=gpus if gpus is not None else MOST_GPUS if minimize is Minimize.GPUS else 1,
         minimize_gpus=minimize is Minimize.GPUS,
         maximize_headroom=maximize is Maximize.HEADROOM,
         capacity_percent=capacity_percent,

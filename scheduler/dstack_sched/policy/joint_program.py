@@ -122,20 +122,28 @@ def _tolerance(cells: int) -> float:
 
 
 def fewest_gpus(tasks: Sequence[JointTask], setting: JointSetting) -> tuple[int, JointPlan] | None:
-    """The smallest number of GPUs, at most setting.gpus, with a plan of least demand on them; or None."""
+    """The smallest number of GPUs, at most setting.gpus, with a plan of least demand on them; or None.
+
+    Looked for from a number below which demand, memory or clients cannot fit, up to that at which every
+    replica has a GPU of its own.
+    """
     top = setting.capacities[-1]
-    least = 1
-    options = _options(tasks, setting, top, 1.0)
-    if options is not None:
-        demand = sum(min(c.demand_percent * c.replicas for c in items) for items in options)
-        memory = sum(task.memory_bytes for task in tasks)
-        least = max(
-            1,
-            math.ceil(demand / top - 1e-6),
-            math.ceil(memory / setting.memory_bytes - 1e-9),
-            math.ceil(len(tasks) / setting.max_clients),
-        )
-    for gpus in range(min(least, setting.gpus), setting.gpus + 1):
+    options = [_candidates_of(task, setting, top, 1.0, 12) for task in tasks]
+    lone = [[c.replicas for c in items if c.alone] for items in options]
+    if not all(options):
+        return None
+    demand = sum(min(c.demand_percent * c.replicas for c in items) for items in options)
+    memory = sum(task.memory_bytes for task in tasks)
+    least = max(
+        1,
+        math.ceil(demand / top - 1e-6),
+        math.ceil(memory / setting.memory_bytes - 1e-9),
+        math.ceil(len(tasks) / setting.max_clients),
+    )
+    most = setting.gpus
+    if all(lone):
+        most = min(most, max(least, sum(min(counts) for counts in lone)))
+    for gpus in range(least, most + 1):
         plan = solve_joint(tasks, replace(setting, gpus=gpus))
         if plan is not None:
             return gpus, plan
