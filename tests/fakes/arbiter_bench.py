@@ -131,6 +131,20 @@ def arbiter(path: Path, *, observe: Observer | None = None, **loop_options: int)
         running.stop()
 
 
+def deadline_us(in_ms: float = 80.0) -> int:
+    """A deadline that far from now."""
+    return time.monotonic_ns() // 1000 + int(in_ms * 1000)
+
+
+def works(path: Path, rounds: int = 20, model: str = "witness") -> None:
+    """A backend gets and ends `rounds` grants: the arbiter serves others."""
+    with Backend(path, model) as backend:
+        backend.send(wire.Work(8, deadline_us()))
+        for left in range(rounds, 0, -1):
+            grant = backend.granted()
+            backend.finish(grant, waiting=8 if left > 1 else 0, deadline_us=deadline_us() if left > 1 else 0)
+
+
 def model_plan(
     name: str, *, gpu_percent: float = 40.0, batch_size: int = 8, latency_ms: float = 5.0
 ) -> EngineModel:

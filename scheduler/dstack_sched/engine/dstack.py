@@ -334,8 +334,8 @@ class DStackEngine(EngineBase):
         run_us = times.us[instance.plan_level][instance.waiting] * times.scale * worst
         surely_us = run_us + rules.patience * instance.slo_us + ROWS_WORTH_WAITING / instance.rate_per_us
         until_us = instance.deadline_us - int(surely_us) - 2
-        if until_us > now:
-            self._park(instance, until_us)
+        if until_us > now:  # a far deadline must not fill the agenda: look again after one objective
+            self._park(instance, min(until_us, now + instance.slo_us))
         elif instance.go_us != go_us:
             instance.go_us = go_us
             self._wake(go_us, WAKE_GO, instance, instance.deadline_us)
