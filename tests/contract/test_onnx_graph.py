@@ -11,6 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from dstack_sched.adapters.onnx_graph import graph_kernels, read_kernels
 from dstack_sched.adapters.onnx_shapes import has_free_batch, load_graph, without_weights
+from dstack_sched.domain.kernels import HOST_COPY
 from dstack_sched.errors import InputError
 from fakes.onnx_models import SlowSum
 
@@ -36,7 +37,10 @@ def model_of(nodes, inputs, outputs, weights) -> onnx.ModelProto:
 
 
 def kernels_of(model: onnx.ModelProto, **shapes):
-    return graph_kernels(without_weights(model), "g.onnx", shapes)
+    """Without the last record, that of the host's copies, which has a test of its own."""
+    *kernels, copies = graph_kernels(without_weights(model), "g.onnx", shapes)
+    assert copies.op == HOST_COPY
+    return kernels
 
 
 def test_a_convolution_with_what_is_fused_behind_it() -> None:
@@ -60,6 +64,17 @@ def test_a_convolution_with_what_is_fused_behind_it() -> None:
     assert first.bytes_per_row == 4 * (8 + 16) * 100
     assert second.bytes_fixed == 4 * 16 * 16 * 9
     assert second.bytes_per_row == 4 * (16 + 16 + 16) * 100, "in, out, and the residual once"
+
+
+def test_inputs_and_outputs_are_copied_by_the_host() -> None:
+    model = model_of(
+        [helper.make_node("MatMul", ["x", "w"], ["y"])],
+        {"x": ["batch", 64]},
+        {"y": ["batch", 8]},
+        {"w": np.zeros((64, 8), np.float32)},
+    )
+    copies = graph_kernels(without_weights(model), "g.onnx", {})[-1]
+    assert (copies.op, copies.bytes_fixed, copies.bytes_per_row) == (HOST_COPY, 0, 4 * (64 + 8))
 
 
 def test_a_depthwise_convolution_has_a_group_a_channel() -> None:
@@ -158,7 +173,7 @@ def test_large_weights_are_not_needed(tmp_path: Path) -> None:
     light = load_graph(path)
     assert has_free_batch(light)
     assert light.ByteSize() < path.stat().st_size / 10
-    kernels = read_kernels(path)
+    kernels = read_kernels(path)[:-1]
     assert [(k.rows_per_row, k.columns, k.depth) for k in kernels] == [
         (1, 256, 32),
         *[(1, 256, 256)] * 3,

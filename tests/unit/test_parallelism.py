@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from dstack_sched.domain.kernels import KernelWork
+from dstack_sched.domain.kernels import HOST_COPY, KernelWork
 from dstack_sched.domain.profile import ProfilePoint
 from dstack_sched.errors import InputError
 from dstack_sched.policy.knee import knee_of_curve
@@ -24,16 +24,20 @@ CONV = KernelWork("Conv", 0, 196, 256, 2304, 1, 0, 2.4e6, 4e5)
 POOL = KernelWork("MaxPool", 0, 200704, 1, 0, 1, 0, 0, 1.6e6)
 DEPTHWISE = KernelWork("Conv", 0, 3136, 1, 9, 96, 0, 4e3, 2.4e6)
 ATTENTION = KernelWork("MatMul", 128, 0, 128, 64, 0, 12, 0, 1e6)
-KERNELS = (CONV, POOL, DEPTHWISE, ATTENTION)
-CONSTANTS = (1.5, 40.0, 25.0, 0.4, 0.006, 0.03)
+COPIES = KernelWork(HOST_COPY, 0, 0, 1, 0, 1, 0, 0, 6e5)
+KERNELS = (CONV, POOL, DEPTHWISE, ATTENTION, COPIES)
+CONSTANTS = (1.5, 40.0, 25.0, 0.4, 0.006, 0.03, 90.0)
 
 
 def by_hand(kernels, sms: int, tile: int, constants, p: float, b: int) -> float:
     """The formula of the module, one kernel at a time."""
-    per_product, per_element, gb_sm, gb_device, launch, call = constants
+    per_product, per_element, gb_sm, gb_device, launch, call, gb_host = constants
     share = max(1, round(sms * p / 100))
     total = call
     for k in kernels:
+        if k.op == HOST_COPY:
+            total += (k.bytes_fixed + k.bytes_per_row * b) / 1e9 * gb_host
+            continue
         rows, groups = k.rows_fixed + k.rows_per_row * b, k.groups_fixed + k.groups_per_row * b
         if k.depth >= 16 and k.columns > 1:
             splits = max(1, round(k.depth / SPLIT_DEPTH))
@@ -58,6 +62,16 @@ def test_latency_is_the_formula(tile: int, p: float, b: int) -> None:
     )
 
 
+def test_what_the_host_copies_is_not_sped_up_by_more_sms() -> None:
+    """A large batch of a small network on a whole GPU waits for its inputs (AlexNet at batch 32, H100)."""
+    model = ParallelismModel((CONV, COPIES), 132, 64, CONSTANTS, 0.0)
+    without = ParallelismModel((CONV,), 132, 64, CONSTANTS, 0.0)
+    for p in (10.0, 100.0):
+        assert float(model.latency_ms(p, 32) - without.latency_ms(p, 32)) == pytest.approx(
+            32 * 6e5 / 1e9 * 90.0
+        )
+
+
 def test_latency_broadcasts() -> None:
     model = ParallelismModel(KERNELS, 132, 128, CONSTANTS, 0.0)
     table = model.latency_ms(np.array([[10.0], [50.0]]), np.array([1, 4, 16]))
@@ -72,7 +86,7 @@ def points_of(model: ParallelismModel, places) -> list[ProfilePoint]:
 
 
 def test_a_handful_of_points_finds_a_model_that_predicts_the_others() -> None:
-    truth = ParallelismModel(KERNELS * 12, 132, 128, tuple(START * [0.7, 1.5, 1.2, 0.8, 1.3, 2.0]), 0.0)
+    truth = ParallelismModel(KERNELS * 12, 132, 128, tuple(START * [0.7, 1.5, 1.2, 0.8, 1.3, 2.0, 0.6]), 0.0)
     known = points_of(truth, [(10, 1), (10, 16), (40, 4), (100, 1), (100, 16)])
     found = fit_parallelism(truth.kernels, 132, known)
     assert found.max_relative_error < 0.03
@@ -84,7 +98,7 @@ def test_a_handful_of_points_finds_a_model_that_predicts_the_others() -> None:
 def test_the_knee_lies_where_a_small_batch_no_longer_fills_the_sms() -> None:
     """16 blocks on 132 SMs: beyond 16 of 132 (12.1%) more SMs are of no use."""
     few = KernelWork("Conv", 512, 0, 512, 256, 1, 0, 0, 0)
-    model = ParallelismModel((few,), 132, 128, (100.0, 1.0, 1e-6, 1e-6, 1e-6, 1e-6), 0.0)
+    model = ParallelismModel((few,), 132, 128, (100.0, 1.0, 1e-6, 1e-6, 1e-6, 1e-6, 1.0), 0.0)
     knee = knee_of_curve(lambda p: model.latency_ms(p, 1), lowest_percent=1.0)
     assert 11 <= knee <= 13
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import onnx
 
 from dstack_sched.adapters.onnx_shapes import ShapedGraph, infer, load_graph
-from dstack_sched.domain.kernels import KernelWork
+from dstack_sched.domain.kernels import HOST_COPY, KernelWork
 from dstack_sched.errors import InputError
 
 FREE = frozenset(
@@ -146,6 +146,8 @@ def _kernels(graph: ShapedGraph) -> list[_Kernel]:
             index = len(kernels)
             kernels.append(_new_kernel(node, graph.dims, sum(size(name) for name in (*inputs, *outputs))))
         made_by.update(dict.fromkeys(outputs, index))
+    if kernels:
+        kernels.append(_Kernel(HOST_COPY, 0, 1, 0, 1, sum(size(name) for name in graph.ends)))
     return kernels
 
 

@@ -27,12 +27,14 @@ SEQUENCE_DIMS = (128, 64)
 
 
 class ShapedGraph(NamedTuple):
-    """A graph at one batch size: nodes that compute, known shapes, bytes an element, names of constants."""
+    """A graph at one batch size: nodes that compute, known shapes, bytes an element, names of constants, and
+    those of the tensors that come in and go out."""
 
     nodes: tuple[onnx.NodeProto, ...]
     dims: Mapping[str, tuple[int, ...]]
     element_bytes: Mapping[str, int]
     constants: frozenset[str]
+    ends: tuple[str, ...]
 
 
 def load_graph(model_path: Path) -> onnx.ModelProto:
@@ -90,7 +92,8 @@ def infer(light: onnx.ModelProto, batch_size: int, shapes: Mapping[str, Sequence
             break
     weights = {value.name for value in model.graph.input if value.doc_string == WEIGHT}
     constants = weights | {tensor.name for tensor in model.graph.initializer}
-    return ShapedGraph(tuple(model.graph.node), dims, element_bytes, frozenset(constants))
+    ends = [value.name for value in (*model.graph.input, *model.graph.output) if value.name not in constants]
+    return ShapedGraph(tuple(model.graph.node), dims, element_bytes, frozenset(constants), tuple(ends))
 
 
 def _fix_inputs(model: onnx.ModelProto, batch_size: int, shapes: Mapping[str, Sequence[int]]) -> None:

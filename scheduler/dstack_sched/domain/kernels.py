@@ -5,6 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 
+# `op` of the record for what the host copies to and from the device: its bytes count, its rows are 0.
+HOST_COPY = "HostCopy"
+
+
 @dataclass(frozen=True, slots=True)
 class KernelWork:
     """One kernel of the graph (an operator with the elementwise ones fused behind it).

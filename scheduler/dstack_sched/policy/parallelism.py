@@ -5,14 +5,15 @@ SMs it takes
 
     max(ceil(n_i(b) / s) t_i, d_i(b) / B(s)) + t_launch,   B(s) = min(s B_sm, B_max)
 
-and the model takes the sum of its kernels plus a constant t_call. A block is a tile x tile
+and the model takes the sum of its kernels, plus d_host(b) / B_host for what the host copies in and out,
+which no SM speeds up, plus a constant t_call. A block is a tile x tile
 piece of a matrix product, over at most SPLIT_DEPTH of its depth (libraries split a long sum where there are
 few tiles), or ELEMENTS_PER_BLOCK elements of anything else. A small batch offers fewer blocks than there
 are SMs and leaves the rest idle: that is the knee.
 
-Constants fitted to measured points: the time of a product and of an element on one SM, B_sm, B_max, t_launch
-and t_call, and one of TILES. They start at a common GPU's and are held there weakly (RIDGE), so that a
-handful of points is enough.
+Constants fitted to measured points: the time of a product and of an element on one SM, B_sm, B_max, B_host,
+t_launch and t_call, and one of TILES. They start at a common GPU's and are held there weakly (RIDGE), so that
+a handful of points is enough.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import least_squares
 
-from dstack_sched.domain.kernels import KernelWork
+from dstack_sched.domain.kernels import HOST_COPY, KernelWork
 from dstack_sched.domain.profile import ProfilePoint
 from dstack_sched.errors import InputError
 
@@ -37,11 +38,11 @@ ELEMENTS_PER_BLOCK = 4096
 SMALL_DEPTH = 16  # fewer products than this an output (depthwise convolution) run as elementwise work
 RIDGE = 0.02  # weight of one e-fold away from the start, against relative errors of the points
 # ms for 1e9 products on one SM, ms for 1e9 elements on one SM, ms for 1 GB through one SM, ms for 1 GB
-# through the whole device, ms a launch, ms a call. Roughly an H100's; fitted from here.
-START = np.array([2.0, 50.0, 20.0, 0.5, 0.005, 0.05])
+# through the whole device, ms a launch, ms a call, ms for 1 GB from or to the host. Roughly an H100's.
+START = np.array([2.0, 50.0, 20.0, 0.5, 0.005, 0.05, 100.0])
 # The sum of maxima has local optima: start with compute, memory or launches taking the larger part.
-STARTS = (
-    np.array([[1, 1, 1, 1, 1, 1], [0.3, 0.3, 3, 3, 1, 1], [0.3, 0.3, 0.3, 0.3, 4, 4]], np.float64) * START
+STARTS = START * np.array(
+    [[1, 1, 1, 1, 1, 1, 1], [0.3, 0.3, 3, 3, 1, 1, 1], [0.3, 0.3, 0.3, 0.3, 4, 4, 1]], np.float64
 )
 MIN_POINTS = 3
 
@@ -68,19 +69,22 @@ class _Work:
     """The kernels at some points, constants apart. Arrays of shape (points, kernels); sms (points, 1).
 
     product_waves, element_waves: units of 1e9 products or elements that the busiest SM does one after the
-    other; gigabytes: traffic of the kernel.
+    other; gigabytes: traffic of the kernel; host_gigabytes, shape (points,): copied from and to the host.
     """
 
     product_waves: Array
     element_waves: Array
     gigabytes: Array
     sms: Array
+    host_gigabytes: Array
 
     @classmethod
     def of(cls, kernels: Sequence[KernelWork], sms: int, tile: int, p: Array, b: Array) -> _Work:
         def column(name: str) -> Array:
             return np.array([getattr(kernel, name) for kernel in kernels], np.float64)[None, :]
 
+        copies = [kernel for kernel in kernels if kernel.op == HOST_COPY]
+        kernels = [kernel for kernel in kernels if kernel.op != HOST_COPY]
         batch = b[:, None]
         share = np.maximum(1.0, np.round(sms * p / 100.0))[:, None]
         rows = column("rows_fixed") + column("rows_per_row") * batch
@@ -98,14 +102,16 @@ class _Work:
             np.where(is_product, 0.0, element_waves),
             (column("bytes_fixed") + column("bytes_per_row") * batch) / 1e9,
             share,
+            sum((k.bytes_fixed + k.bytes_per_row * b for k in copies), np.zeros_like(b)) / 1e9,
         )
 
     def latency_ms(self, constants: Array) -> Array:
         """Shape (points,)."""
-        per_product, per_element, gb_sm, gb_device, launch, call = constants
+        per_product, per_element, gb_sm, gb_device, launch, call, gb_host = constants
         compute = self.product_waves * per_product + self.element_waves * per_element
         memory = self.gigabytes * np.maximum(gb_sm / self.sms, gb_device)
-        return np.asarray((np.maximum(compute, memory) + launch).sum(axis=1) + call, np.float64)
+        on_device = (np.maximum(compute, memory) + launch).sum(axis=1)
+        return np.asarray(on_device + self.host_gigabytes * gb_host + call, np.float64)
 
 
 def fit_parallelism(
