@@ -71,6 +71,15 @@ def test_join_opens_the_gpu_and_welcomes() -> None:
     ]
 
 
+def test_absurd_batch_size_is_bounded() -> None:
+    """Guards against a join that makes the engine build tables of a million rows."""
+    bench = Bench()
+    engine = bench.join(1, wire.Join("m", "m", 1, 0, 40.0, 1 << 20, 1 << 20, 0, False))
+    joined = engine.events[-1][1]
+    assert isinstance(joined, BackendJoined)
+    assert joined.max_batch_size == joined.batch_size == 4_096
+
+
 def test_two_instances_of_one_name_are_told_apart() -> None:
     """During a reload the old and the new instance have the same name for a while."""
     bench = Bench()

@@ -40,6 +40,8 @@ log = logging.getLogger("dstack.arbiter")
 Outgoing: TypeAlias = list[tuple[int, wire.Message]]
 Observer: TypeAlias = Callable[[int, Event, int, list[decisions.Decision]], None]
 
+MAX_GRANT_ROWS = 4_096  # engines keep a run time for each batch size: a join must not cost seconds
+MAX_RUNNING_US = 60_000_000  # how long a batch may claim to run on when its instance joins
 VERBS = "ping, plan, status, timeline, policy"
 
 
@@ -149,16 +151,11 @@ class ArbiterService:
         )
         self._joins += 1
         instance = f"{join.instance}#{self._joins}"  # a reload has two instances of one name for a while
-        joined = BackendJoined(
-            instance, join.model, join.gpu_percent, join.levels or (join.gpu_percent,), join.max_batch_size,
-            join.batch_size, join.slo_us, OnLate.REJECT if join.reject_late else OnLate.SERVE,
-            join.running_percent, join.running_until_us,
-        )  # fmt: skip
+        joined = _joined(join, instance, now_us)
         session = Session(connection, self._joins, join.gpu, joined, join.pid, free_since_us=now_us)
-        if join.running_percent > 0:
-            session.grants.append(
-                Outstanding(0, join.running_percent, 0, now_us, max(now_us, join.running_until_us))
-            )
+        if joined.running_percent > 0:
+            until_us = max(now_us, joined.running_until_us)
+            session.grants.append(Outstanding(0, joined.running_percent, 0, now_us, until_us))
         self._sessions[connection] = session
         self._by_instance[instance] = session
         out.append((connection, wire.Welcome(self._joins, gpu.plan.capacity_percent)))
@@ -306,6 +303,22 @@ class ArbiterService:
 
     def _timeline(self, body: Mapping[str, Any], now_us: int) -> dict[str, Any]:
         return arbiter_view.timeline(self._gpus, self._sessions.values(), self.record, body, now_us)
+
+
+def _joined(join: wire.Join, instance: str, now_us: int) -> BackendJoined:
+    """The event of a Join, within bounds that the engine can bear."""
+    return BackendJoined(
+        instance=instance,
+        model=join.model,
+        gpu_percent=join.gpu_percent,
+        levels=join.levels or (join.gpu_percent,),
+        max_batch_size=min(join.max_batch_size, MAX_GRANT_ROWS),
+        batch_size=min(join.batch_size, MAX_GRANT_ROWS),
+        slo_us=join.slo_us,
+        on_late=OnLate.REJECT if join.reject_late else OnLate.SERVE,
+        running_percent=join.running_percent,
+        running_until_us=min(join.running_until_us, now_us + MAX_RUNNING_US),
+    )
 
 
 def _as_running(session: Session, now_us: int) -> BackendJoined:
