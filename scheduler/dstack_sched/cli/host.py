@@ -132,12 +132,17 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 @contextmanager
 def signals_interrupt() -> Iterator[None]:
-    """SIGTERM and SIGHUP stop us as Ctrl-C does: KeyboardInterrupt. The old handlers return afterwards."""
+    """SIGTERM and SIGHUP stop us as Ctrl-C does: KeyboardInterrupt. The old handlers return afterwards.
+
+    A SIGHUP that is ignored stays so: `nohup dstackctl serve` outlives its terminal.
+    """
 
     def interrupt(signum: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, interrupt) for number in STOP_SIGNALS}
+    under_nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    stops = [number for number in STOP_SIGNALS if not (under_nohup and number == signal.SIGHUP)]
+    before = {number: signal.signal(number, interrupt) for number in stops}
     try:
         yield
     finally:
