@@ -46,7 +46,7 @@ from dstack_sched.domain.profile import Device, ModelProfile, ProfileSet
 from dstack_sched.errors import DstackError, InputError, MachineError
 from dstack_sched.policy.sampling import corun_design
 from export_models import DEFAULT_MODELS, MODELS
-from profile_analysis import analyse, markdown
+from profile_analysis import analyse, compare_with_grid, markdown
 from report import REPORTS, ROOT, write_report
 
 COMMAND = "make perf-h100-profiles"
@@ -245,6 +245,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--time-budget-s", type=float, default=540.0)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: a dry run")
     parser.add_argument("--analyse-only", action="store_true", help="figures anew from the files in --out")
+    parser.add_argument("--before", type=Path, help="with --analyse-only: an earlier run's files, judged too")
     options = parser.parse_args()
     options.batches = tuple(int(b) for b in options.batch_sizes.split(",") if b)
     return options
@@ -264,6 +265,13 @@ def analyse_only(study: Study) -> None:
     before = content.pop("figures", {})
     figures = analyse(profiles, study.references, study.kernels, before.get("timing", {}))
     figures["problems"] = before.get("problems", [])
+    if study.options.before:
+        earlier = read_profiles(study.options.before / "profiles.json")
+        grids = read_profiles(study.options.before / "profiles_exhaustive.json").models
+        figures["run_before"] = {
+            name: compare_with_grid(earlier.models[name], grid, earlier.device, study.kernels.get(name, ()))
+            for name, grid in grids.items()
+        }
     head = {key: content[key] for key in ("commit", "date", "machine") if key in content}
     body = {k: v for k, v in content.items() if k not in ("version", "command", *head)}
     write_report(out / "profiles.json", COMMAND, {**body, **head, "figures": figures})
