@@ -59,6 +59,10 @@ perf-planning: setup ## time of the batch and joint programs, and how it grows -
 perf-engine: setup ## time of a decision and of a grant's round trip -> perf/reports/engine.json
 	$(BIN)/python perf/engine.py
 
+.PHONY: perf-simulation
+perf-simulation: setup ## every policy in every simulated cell -> perf/reports/simulation.json and .md
+	$(BIN)/python perf/simulation.py
+
 .PHONY: perf-h100-profiles
 perf-h100-profiles: ## on a GPU host with torch: profile eight models -> perf/reports/h100/profiles.json
 	$(PYTHON) perf/h100_profiles.py

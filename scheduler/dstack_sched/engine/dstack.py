@@ -13,7 +13,7 @@ Each pass looks at the instances with work, most urgent first (latest start = ea
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right, insort
+from bisect import bisect_left, insort
 from dataclasses import dataclass
 
 from dstack_sched.domain.decision import Overload
@@ -29,7 +29,9 @@ class Rules:
     chain: decide the next batch chain_lead_us before the running one ends. levels: choose the share of each
     batch. reserve: nobody overtakes the first one that does not fit. scoreboard: order by service under
     overload. shed: reject what cannot make it (where the model allows). run_fraction: no run longer than
-    this part of the objective. safety: part of a run time kept in hand when a deadline is checked.
+    this part of the objective. safety: part of a run time kept in hand when a deadline is checked. patience:
+    a batch that is not full may wait until this part of the objective is left beyond its run time (1: never).
+    foresee: predict with the slowdown by co-runners seen lately where it is more than now's.
     """
 
     chain: bool = True
@@ -40,15 +42,12 @@ class Rules:
     shed: bool = True
     run_fraction: float = 0.7
     safety: float = 0.02
-    patience: float = 0.1
-    shares: str = "proportional"
+    patience: float = 0.3
     foresee: bool = True
 
 
 MIN_SESSION_US = 100_000  # where no model has an objective
 Entry = tuple[int, int, Instance, bool]  # urgency, serial (ties by age), instance, whether it runs
-ENOUGH = 0.7  # a free share below this part of what one should get is not worth starting with
-LEVEL_ROUND_UP = 1.1  # the level taken may be this much above the exact part
 ROWS_WORTH_WAITING = 0.5  # rows expected until it must go
 MISS_RATE_GAIN = 0.02  # one grant's weight in the miss rate
 OVERLOAD_ON, OVERLOAD_OFF = 0.05, 0.02
@@ -103,8 +102,7 @@ class DStackEngine(EngineBase):
         self._vfloor = 0.0  # virtual time of the last model that started
         self._ready: list[Entry] = []  # who may be granted now, most urgent first
         self._parked: list[Entry] = []  # have work, but wait for more; in the same order
-        self._claims = 0.0  # GPU% by plan of those that have work, or mostly have
-        self._weights = 0.0  # and their weights
+        self._weights = 0.0  # weights of those that have work, or mostly have
         self._chainable = 0  # how many of them run already
 
     # ---- events ---------------------------------------------------------------------------------------
@@ -131,7 +129,6 @@ class DStackEngine(EngineBase):
         super()._forget(name, now)
         if instance is not None:
             self._unplace(instance)
-            self._claims -= instance.claim
             self._weights -= instance.claim_weight
 
     def _resize(self) -> None:
@@ -189,11 +186,9 @@ class DStackEngine(EngineBase):
         """Put an instance where it belongs among those that may be granted, or take it out."""
         self._unplace(instance)
         activity = 1.0 if instance.run is not None or instance.waiting > 0 else instance.duty
-        claim = instance.levels[instance.plan_level] * activity
         weight = instance.model.weight * activity
-        self._claims += claim - instance.claim
         self._weights += weight - instance.claim_weight
-        instance.claim, instance.claim_weight = claim, weight
+        instance.claim_weight = weight
         if instance.waiting == 0 or instance.lost_grant or instance.chained is not None:
             return
         if instance.run is not None and not instance.chainable:
@@ -287,8 +282,6 @@ class DStackEngine(EngineBase):
         if self.rules.patience < 1 and self._may_wait(instance, start, slow, now):
             return None
         levels = instance.levels
-        if self.rules.levels and self.rules.shares == "proportional" and len(levels) > 1:
-            return self._proportional(instance, available, start, slow, now)
         if not self.rules.levels or len(levels) == 1:
             level = instance.plan_level
             if min(levels[level], self.capacity) > available + ROUNDING:
@@ -339,24 +332,6 @@ class DStackEngine(EngineBase):
         elif instance.go_us != go_us:
             instance.go_us = go_us
             self._wake(go_us, WAKE_GO, instance, instance.deadline_us)
-
-    def _proportional(
-        self, instance: Instance, available: float, start: int, slow: float, now: int
-    ) -> Pick | None:
-        """The capacity, divided among those with claims as their plans divide it; more when only that meets
-        the deadline. None when so little of it is free that waiting for more is better."""
-        levels, own = instance.levels, instance.levels[instance.plan_level]
-        part = min(self.capacity * own / (self._claims - instance.claim + own), levels[-1])
-        top = bisect_right(levels, available + ROUNDING) - 1
-        if top < 0 or (levels[top] < ENOUGH * part and self.running):
-            return None
-        level = min(bisect_right(levels, part * LEVEL_ROUND_UP) - 1, top)
-        level = max(level, 0)
-        pick = self._batch(instance, level, start, slow, now)
-        while pick.missed and level < top:
-            level += 1
-            pick = self._batch(instance, level, start, slow, now)
-        return pick
 
     def _loss(self, instance: Instance) -> float:
         """Speed that the others lose per percent granted to this one."""

@@ -90,7 +90,7 @@ class Instance:
         "busy_us",
         "chainable",
         "chained",
-        "claim", "claim_weight",
+        "claim_weight",
         "deadline_us",
         "duty",
         "duty_since_us",
@@ -140,7 +140,7 @@ class Instance:
         self.parked = False  # waits for more rows, aside from those that may be granted
         self.slow_seen = 1.0  # slowdown by co-runners, moving average
         self.duty = 0.0
-        self.claim = self.claim_weight = 0.0  # what it counts for among those that share the GPU
+        self.claim_weight = 0.0  # what it counts for among those that share the GPU
         self.active_us = -NEVER
         self.busy_us = 0
         self.duty_since_us = 0

@@ -29,7 +29,7 @@ from dstack_sched.sim.side_by_side import Shares, side_by_side
 from dstack_sched.sim.world import World
 
 BOUND_STEP_PERCENT = 5.0
-LEVELS_PROMISE = 1.2  # with levels: capacity over the sum of the static shares (decisions/0010)
+LEVELS_PROMISE = 2.0  # with levels: capacity over the sum of the static shares (decisions/0050)
 _PEAK_STEPS = 40
 
 

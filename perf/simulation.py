@@ -1,0 +1,292 @@
+"""The simulation study: every policy in every cell -> perf/reports/simulation.json and simulation.md.
+
+    make perf-simulation      (or: python perf/simulation.py [--quick] [--workers N] [--out DIR])
+
+Cells: mixes of 2, 3, 4, 7 and 12 models on the profiled H100 (copies of models where fewer are profiled, each
+copy with an SLO of its own) x SLOs of 3, 5 and 12 times each model's solo batch-1 latency x arrivals (steady
+Poisson, bursty gamma with CV 3, the Azure trace's timing) x loads of 0.3, 0.7, 1.0 and 1.5 times D-STACK's own
+peak. Peaks: largest total rate at which every model keeps 99% of its requests within the SLO, steady arrivals.
+All policies get the same arrivals. Every model rejects late requests where the policy can tell (D-STACK, Nexus).
+"dstack-levels" chooses the share of each batch (green contexts), "dstack" runs at fixed MPS shares, the same as
+mps-static and the other planned policies. Only D-STACK pays control-plane delays.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import time
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from dstack_sched.adapters.profile_files import read_profiles
+from dstack_sched.domain.profile import CorunMember, CorunPoint, ModelProfile, ProfileSet
+from dstack_sched.domain.workload import ModelDemand, OnLate, Workload
+from dstack_sched.engine.registry import POLICIES
+from dstack_sched.policy.latency import LatencySurface
+from dstack_sched.sim.arrivals import Arrivals, parse_trace
+from dstack_sched.sim.result import SimResult
+from dstack_sched.sim.study import Case, bounds_of, find_peak, make_case, result_of
+from report import REPORTS, ROOT, write_report
+
+PROFILES = (REPORTS / "h100" / "profiles.json", ROOT.parent / "shared/measurements/h100_2026-11-22.json")
+TRACE = ROOT.parent / "shared/traces/azure_llm_2023_conv.csv"
+ORDER = (
+    "mobilenet_v2", "resnet50", "bert_base", "alexnet", "inception_v3", "resnext50", "shufflenet_v2",
+    "vgg19", "bert",
+)  # fmt: skip
+SIZES = (2, 3, 4, 7, 12)
+SLO_FACTORS = (3.0, 5.0, 12.0)
+LOADS = (0.3, 0.7, 1.0, 1.5)
+LEVELS = tuple(round(100 * 8 * k / 132, 2) for k in range(1, 17)) + (100.0,)  # groups of 8 SMs of 132
+COPY_SLO = 1.5  # a copy's SLO over that of the model it copies
+REQUESTS = 4_000  # about so many a run
+PEAK_REQUESTS = 6_000
+SEED = 20261122
+BEST_WITHIN = 0.99
+IDEAL_AT_PEAK = 0.95
+TEMPORAL_FACTOR = 4.0
+ENTRIES = ("dstack", "dstack-levels", *(name for name in POLICIES if name != "dstack"))
+
+
+def load_profiles() -> tuple[ProfileSet, str]:
+    """The profiles measured last, and the file they are from."""
+    path = next(p for p in PROFILES if p.exists())
+    return read_profiles(path), str(path.relative_to(ROOT.parent))
+
+
+def mix_of(profiles: ProfileSet, size: int) -> tuple[ProfileSet, list[str]]:
+    """`size` models; where fewer are profiled, copies of the first ones under names of their own."""
+    known = [n for n in ORDER if n in profiles.models] + [n for n in profiles.models if n not in ORDER]
+    models: dict[str, ModelProfile] = {}
+    original: dict[str, str] = {}
+    for at in range(size):
+        name = known[at % len(known)]
+        copy = name if at < len(known) else f"{name}_{at // len(known) + 1}"
+        models[copy] = replace(profiles.models[name], name=copy)
+        original[copy] = name
+    # A copy suffers from co-runners as its model does.
+    corun = list(profiles.corun)
+    for copy, name in original.items():
+        if copy != name:
+            corun += [_renamed(point, name, copy) for point in profiles.corun]
+    return replace(profiles, models=models, corun=tuple(corun)), list(models)
+
+
+def _renamed(point: CorunPoint, name: str, copy: str) -> CorunPoint:
+    members: Iterable[CorunMember] = (
+        replace(m, model=copy if m.model == name else m.model) for m in point.members
+    )
+    return CorunPoint(tuple(members))
+
+
+def workload_of(profiles: ProfileSet, names: list[str], slo_factor: float) -> Workload:
+    """Equal rates; scaled later."""
+    demands = []
+    for name in names:
+        surface = LatencySurface.from_profile(profiles.models[name])
+        solo_ms = float(surface.latency_ms(100.0, 1))
+        slo_ms = solo_ms * slo_factor * (COPY_SLO if name.rsplit("_", 1)[-1] == "2" else 1.0)
+        demands.append(ModelDemand(name, slo_ms, 100.0, 1.0, OnLate.REJECT))
+    return Workload(tuple(demands))
+
+
+def arrival_kinds() -> dict[str, Arrivals]:
+    kinds = {"steady": Arrivals(), "bursty": Arrivals("gamma", cv=3.0)}
+    if TRACE.exists():
+        offsets = parse_trace(TRACE.read_text(), str(TRACE))
+        kinds["trace"] = Arrivals("trace", trace_us=offsets)
+    return kinds
+
+
+def case_of(size: int, slo_factor: float, entry: str) -> Case:
+    profiles, names = mix_of(load_profiles()[0], size)
+    levels = LEVELS if entry == "dstack-levels" else ()
+    return make_case(profiles, workload_of(profiles, names, slo_factor), levels=levels)
+
+
+def policy_of(entry: str) -> str:
+    return "dstack" if entry == "dstack-levels" else entry
+
+
+def peaks_of(task: tuple[int, float]) -> dict[str, Any]:
+    """One mix and SLO: the bound and every policy's peak."""
+    size, slo_factor = task
+    cases = {entry: case_of(size, slo_factor, entry) for entry in ENTRIES}
+    first = cases["dstack"]
+    bounds = bounds_of(first)
+    ideal = bounds.corun.peak_scale
+    peaks: dict[str, float] = {}
+    for entry, case in cases.items():
+        # Start near where peaks can be: the search doubles or halves from there.
+        start = max(ideal / 4, 1e-3)
+        seconds = PEAK_REQUESTS / (case.total_rate_per_s * max(ideal / 2, 1e-3))
+        found = find_peak(case.scaled(start), policy_of(entry), seconds, (SEED,), tolerance=0.02)
+        peaks[entry] = found.factor * start * case.total_rate_per_s
+    saturated = {}
+    for entry in ("dstack", "dstack-levels"):
+        case = cases[entry].scaled(ideal)
+        result = result_of(case, "dstack", PEAK_REQUESTS / case.total_rate_per_s, SEED)
+        saturated[entry] = result.total_goodput_per_s / case.total_rate_per_s
+    return {
+        "mix": f"C-{size}",
+        "models": {d.name: {"slo_ms": round(d.slo_ms or 0.0, 3)} for d in first.demands},
+        "static_gpu_percent": first.shares.gpu_percent,
+        "slo_factor": slo_factor,
+        "ideal_corun_peak_per_s": round(ideal * first.total_rate_per_s, 1),
+        "ideal_isolated_peak_per_s": round(bounds.isolated.peak_scale * first.total_rate_per_s, 1),
+        "peak_per_s": {entry: round(value, 1) for entry, value in peaks.items()},
+        "goodput_at_ideal_rate": {entry: round(value, 4) for entry, value in saturated.items()},
+    }
+
+
+def cells_of(task: tuple[int, float, str, float]) -> list[dict[str, Any]]:
+    """One mix, SLO and kind of arrivals at all loads, given D-STACK's peak."""
+    size, slo_factor, kind, peak_per_s = task
+    cells = []
+    for load in LOADS:
+        results: dict[str, SimResult] = {}
+        for entry in ENTRIES:
+            case = replace(case_of(size, slo_factor, entry), arrivals=arrival_kinds()[kind])
+            case = case.scaled(load * peak_per_s / case.total_rate_per_s)
+            results[entry] = result_of(case, policy_of(entry), REQUESTS / case.total_rate_per_s, SEED)
+        ideal = bounds_of(case).corun.goodput_per_s
+        cells.append(
+            {
+                "mix": f"C-{size}",
+                "slo_factor": slo_factor,
+                "arrivals": kind,
+                "load": load,
+                "offered_per_s": round(case.total_rate_per_s, 1),
+                "ideal_corun_goodput_per_s": round(ideal, 1),
+                "policies": {entry: figures(result, ideal) for entry, result in results.items()},
+            }
+        )
+    return cells
+
+
+def figures(result: SimResult, ideal: float) -> dict[str, float]:
+    return {
+        "goodput_per_s": round(result.total_goodput_per_s, 1),
+        "worst_attainment": round(result.worst_attainment, 4),
+        "gpu_utilization": round(result.gpu_utilization, 4),
+        "jain_fairness": round(result.jain_fairness, 4),
+        "fraction_of_ideal": round(result.total_goodput_per_s / max(ideal, 1e-9), 4),
+    }
+
+
+def verdicts(peaks: list[dict[str, Any]], cells: list[dict[str, Any]]) -> dict[str, Any]:
+    """Which targets are met, and the names of the cells that miss."""
+    found: dict[str, Any] = {}
+    for entry in ("dstack", "dstack-levels"):
+        rivals = [n for n in ENTRIES if not n.startswith("dstack")]
+        misses = []
+        for cell in cells:
+            best = max(rivals, key=lambda n: cell["policies"][n]["goodput_per_s"])
+            ratio = cell["policies"][entry]["goodput_per_s"] / cell["policies"][best]["goodput_per_s"]
+            if ratio < BEST_WITHIN:
+                misses.append({**_name(cell), "best": best, "ratio": round(ratio, 4),
+                               "worst_attainment": cell["policies"][entry]["worst_attainment"],
+                               "best_worst_attainment": cell["policies"][best]["worst_attainment"]})  # fmt: skip
+        of_ideal = {_label(p): p["peak_per_s"][entry] / p["ideal_corun_peak_per_s"] for p in peaks}
+        of_temporal = {
+            _label(p): p["peak_per_s"][entry] / max(p["peak_per_s"]["temporal"], 1e-9) for p in peaks
+        }
+        of_best = {_label(p): p["peak_per_s"][entry] / max(p["peak_per_s"][n] for n in rivals) for p in peaks}
+        found[entry] = {
+            "cells": len(cells),
+            "cells_best_within_1_percent": len(cells) - len(misses),
+            "missed_cells": misses,
+            "peak_over_ideal_corun": {k: round(v, 3) for k, v in of_ideal.items()},
+            "peaks_at_95_percent_of_ideal": sum(v >= IDEAL_AT_PEAK for v in of_ideal.values()),
+            "peak_over_temporal": {k: round(v, 2) for k, v in of_temporal.items()},
+            "peak_over_best_rival": {k: round(v, 3) for k, v in of_best.items()},
+            "median_peak_over_best_rival": round(statistics.median(of_best.values()), 3),
+        }
+    return found
+
+
+def _name(cell: dict[str, Any]) -> dict[str, Any]:
+    return {key: cell[key] for key in ("mix", "slo_factor", "arrivals", "load")}
+
+
+def _label(peak: dict[str, Any]) -> str:
+    return f"{peak['mix']} {peak['slo_factor']:g}x"
+
+
+def markdown(peaks: list[dict[str, Any]], cells: list[dict[str, Any]], found: dict[str, Any]) -> str:
+    """The table for people."""
+    lines = ["# Simulation study", "", "Peak rate per second, every model at 99% within its SLO, steady:", ""]
+    lines.append("| mix | ideal | " + " | ".join(ENTRIES) + " |")
+    lines.append("|---" * (len(ENTRIES) + 2) + "|")
+    for p in peaks:
+        row = [_label(p), f"{p['ideal_corun_peak_per_s']:.0f}"]
+        lines.append("| " + " | ".join(row + [f"{p['peak_per_s'][e]:.0f}" for e in ENTRIES]) + " |")
+    lines += [
+        "",
+        "Goodput over the best rival's in the same cell (D-STACK with fixed shares / with levels):",
+        "",
+    ]
+    lines.append("| mix, SLO, arrivals | " + " | ".join(f"load {load:g}" for load in LOADS) + " |")
+    lines.append("|---" * (len(LOADS) + 1) + "|")
+    rivals = [n for n in ENTRIES if not n.startswith("dstack")]
+    rows: dict[str, list[str]] = {}
+    for cell in cells:
+        best = max(cell["policies"][n]["goodput_per_s"] for n in rivals)
+        both = [cell["policies"][e]["goodput_per_s"] / best for e in ("dstack", "dstack-levels")]
+        label = f"{cell['mix']} {cell['slo_factor']:g}x {cell['arrivals']}"
+        rows.setdefault(label, []).append(" / ".join(f"{x:.3f}" for x in both))
+    lines += [f"| {label} | " + " | ".join(values) + " |" for label, values in rows.items()]
+    for entry, verdict in found.items():
+        lines += ["", f"{entry}: best or within 1% in {verdict['cells_best_within_1_percent']} of "
+                  f"{verdict['cells']} cells; peak over the best rival's, median: "
+                  f"{verdict['median_peak_over_best_rival']:.2f}."]  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="peaks and steady cells of C-2 and C-4 only")
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--out", type=Path, default=REPORTS)
+    options = parser.parse_args()
+    started = time.monotonic()
+    sizes = (2, 4) if options.quick else SIZES
+    kinds = ["steady"] if options.quick else list(arrival_kinds())
+    with ProcessPoolExecutor(options.workers) as pool:
+        tasks = [(size, factor) for size in sorted(sizes, reverse=True) for factor in SLO_FACTORS]
+        peaks = list(pool.map(peaks_of, tasks))
+        print(f"{len(peaks)} peaks after {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+        work = [
+            (size, factor, kind, max(p["peak_per_s"]["dstack"], p["ideal_corun_peak_per_s"] / 20))
+            for (size, factor), p in zip(tasks, peaks, strict=True)
+            for kind in kinds
+        ]
+        cells = [cell for found in pool.map(cells_of, work) for cell in found]
+    peaks.sort(key=lambda p: (int(p["mix"][2:]), p["slo_factor"]))
+    cells.sort(key=lambda c: (int(c["mix"][2:]), c["slo_factor"], kinds.index(c["arrivals"]), c["load"]))
+    found = verdicts(peaks, cells)
+    table = markdown(peaks, cells, found)
+    print(table)
+    content = {
+        "profiles": load_profiles()[1],
+        "seed": SEED,
+        "seconds_taken": round(time.monotonic() - started, 1),
+        "targets": {
+            "best_within": BEST_WITHIN, "ideal_at_peak": IDEAL_AT_PEAK, "over_temporal": TEMPORAL_FACTOR
+        },
+        "verdicts": found,
+        "peaks": peaks,
+        "cells": cells,
+    }  # fmt: skip
+    path = write_report(options.out / "simulation.json", "make perf-simulation", content)
+    path.with_suffix(".md").write_text(table)
+
+
+if __name__ == "__main__":
+    main()
