@@ -43,18 +43,17 @@ def gpu_fits(members: list[tuple[JointTask, Candidate]], limits: Limits) -> bool
         return len(found) == 1
     if sum(c.gpu_percent for c in found) <= capacity * (1 + EPS):
         return True
-    return _rounds_fit(found, capacity, "work") or _rounds_fit(found, capacity, "serial")
+    return any(_slots_fit(found, capacity, slots) for slots in range(1, 30))
 
 
-def _rounds_fit(found: list[Candidate], capacity: float, kind: str) -> bool:
+def _slots_fit(found: list[Candidate], capacity: float, slots: int) -> bool:
+    if any(c.gpu_percent * slots > capacity * (1 + EPS) for c in found):
+        return False
+    if sum(c.utilization for c in found) > slots * (1 + EPS):
+        return False
     for c in found:
-        if kind == "work":
-            others = sum(x.gpu_percent * x.latency_ms for x in found) - c.gpu_percent * c.latency_ms
-            drain = capacity - c.gpu_percent
-            allowed = c.slack_ms * drain if math.isfinite(c.slack_ms) else math.inf
-        else:
-            others, allowed = sum(x.latency_ms for x in found) - c.latency_ms, c.slack_ms
-        if others > allowed + EPS * (1 + abs(allowed) if math.isfinite(allowed) else 1):
+        wait = (sum(x.latency_ms for x in found) - c.latency_ms) / slots
+        if wait > c.slack_ms + EPS * (1 + wait):
             return False
     return True
 

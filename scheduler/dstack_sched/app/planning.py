@@ -24,6 +24,7 @@ from dstack_sched.policy.joint_program import (
     solve_joint,
     why_not,
 )
+from dstack_sched.policy.joint_rows import slots_in_force
 from dstack_sched.policy.knee import knee_percent
 from dstack_sched.policy.latency import LatencySurface
 from dstack_sched.policy.runnable import CPU_DRIVER, runnable_grid
@@ -259,7 +260,7 @@ def _efficacy_plan(case: _Case) -> Plan:
     placed = tuple(Placed(task, ((where[task.name], item),)) for task, item in chosen)
     plan = JointPlan(capacity, placed, sum(load), 0.0, math.inf, ())
     full: dict[str, float] = {}
-    busy = [0.0] * gpus
+    busy, on_slots = [0.0] * gpus, [0.0] * gpus
     for task, item in chosen:
         gpu = where[task.name]
         if task.slo_ms is not None:
@@ -268,6 +269,10 @@ def _efficacy_plan(case: _Case) -> Plan:
             full[f"{task.name}: throughput at {item.gpu_percent:g}%, b={item.batch_size}"] = used
             busy[gpu] += used * item.gpu_percent / capacity
             full[f"{task.name}: capacity of gpu {gpu} ({capacity:g}%)"] = busy[gpu]
+            on_slots[gpu] += used
+            slots = slots_in_force([c for t, c in chosen if where[t.name] == gpu], capacity)
+            if slots is not None:
+                full[f"{task.name}: shares too large for more than {slots} at a time"] = on_slots[gpu] / slots
     top = max(full.values(), default=0.0)
     factor = 1.0 / top if top > 0 else math.inf
     limits = tuple(binding)

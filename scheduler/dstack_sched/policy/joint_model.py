@@ -6,18 +6,19 @@ y[m,k,g] = 1: a replica of model m runs as candidate k on GPU g. On each GPU g, 
     sum memory y <= memory,       sum y <= MPS clients
     a candidate `alone` shares its GPU with nobody
 
-and, for the wait W_m that co-runners cause, one rule per GPU, z[g,r] = 1:
+and, for the wait W_m that co-runners cause and for keeping up with the rates, one rule per GPU, z[g,r] = 1:
 
-    side by side:  sum p y <= C                 everybody fits at once: nobody waits, W_m = 0
-    work round T:  sum p F y <= T <= L_m        W_m = sum over co-runners p_j F_j / (C - p_m)
-    serial round T:  sum F y <= T <= M_m        W_m = sum over co-runners F_j
-    with  L_m = slack_m (C - p_m) + p_m F_m,    M_m = slack_m + F_m   (so that W_m <= slack_m)
+    side by side:        sum p y <= C        everybody fits at once: nobody waits, W_m = 0
+    s slots, round T:    p <= C/s,  sum u y <= s,  sum F y <= T <= s slack_m + F_m
+                         so that W_m = sum over co-runners of F_j / s <= slack_m
 
-Why these bound the wait: the engine serves one batch of each model that waits before any model twice (its
-session rule). While m waits for its p_m, somebody runs, so it waits no longer than all those batches one
-after the other (serial); and less than p_m is free, so the others' share-time sum p_j F_j runs off at C - p_m
-or faster (work). The rounds T are values of L and M of the candidates: with all of them the program is exact,
-and with fewer (large programs) a plan is still valid, if perhaps not the best.
+Why: where no share is above C/s, a replica that waits for its share finds at least s others running. The
+engine serves one batch of each model that waits before any model twice (its session rule), so those ahead of
+m, at most one batch of each, are run off by s at a time: the wait of list scheduling. And s slots keep up
+with replicas that are busy for u of the time each, as long as sum u <= s: the sum of demands d alone does not
+say that, because shares above C/2, say, never run two at a time. s = floor(C/p) and T = s slack + F of the
+candidates are all that matter: with all of them the program is exact, and with fewer (large programs) a plan
+is still valid, if perhaps not the best. decisions/0022-slots.md has what the simulator said.
 """
 
 from __future__ import annotations
@@ -37,11 +38,10 @@ from dstack_sched.policy.joint_rows import (
     cost_of,
     replica_key,
     size,
+    slots_of,
     solve_program,
-    tolerated,
+    tolerated_ms,
 )
-
-_KINDS: tuple[Kind, ...] = ("side", "work", "serial")
 
 
 class JointModel:
@@ -54,7 +54,8 @@ class JointModel:
         limits: Limits,
         max_rounds: int = 1000,
     ) -> None:
-        """options: the candidates of each task, in its order, none empty. max_rounds: of each kind."""
+        """options: the candidates of each task, in its order, none empty. max_rounds: rounds of each number
+        of slots."""
         self.tasks, self.options, self.limits = tasks, options, limits
         # Large first: this order breaks the symmetry between equal GPUs where it bites most.
         self.order = sorted(range(len(tasks)), key=lambda m: -min(c.demand_percent for c in options[m]))
@@ -77,8 +78,7 @@ class JointModel:
         for g in range(limits.gpus):
             self._gpu_limits(g)
             self._round_limits(g)
-            if "wait" not in limits.relaxed:
-                self._round_members(g)
+            self._round_members(g)
 
     def solve(self, *, gap: float, time_limit_s: float) -> Answer:
         """The plan of least weighted demand."""
@@ -146,39 +146,46 @@ class JointModel:
         self._below.add(columns, [clients if c.alone else 1.0 for c in found], clients)
 
     def _round_limits(self, g: int) -> None:
-        """sum p, sum p F and sum F against the round in force; the other two get what that round implies."""
+        """sum p, sum F and sum u against the rule in force; those it does not set get what it implies."""
         shared = [c for c in self.on_gpu[g] if not self._of(c).alone]
         found = [self._of(c) for c in shared]
         if not found:
             return
-        low_p, low_f = min(c.gpu_percent for c in found), min(c.latency_ms for c in found)
-        high_p, high_f = max(c.gpu_percent for c in found), max(c.latency_ms for c in found)
-        implied: dict[Kind, dict[Kind, float]] = {
-            "side": {"side": 1.0, "work": 1 / low_f, "serial": high_p / low_f},
-            "work": {"side": high_f, "work": 1.0, "serial": high_p},
-            "serial": {"side": high_f / low_p, "work": 1 / low_p, "serial": 1.0},
-        }
-        for kind in _KINDS:
+        low_p, high_p = min(c.gpu_percent for c in found), max(c.gpu_percent for c in found)
+        low_f, high_f = min(c.latency_ms for c in found), max(c.latency_ms for c in found)
+        z = [self._z(g, r) for r in range(len(self.rounds))]
+        implied: dict[Kind, float] = {"side": high_p / low_f, "slots": high_f / low_p}
+        for kind in implied:
             whole = sum(
-                max((size(c, kind) for c in items if not c.alone), default=0.0)
-                * max(c.replicas for c in items)
-                for items in self.options
+                max((size(c, kind) for c in items if not c.alone), default=0.0) for items in self.options
             )
-            tops = [min(whole, r.limit * implied[kind][r.kind]) for r in self.rounds]
-            tops = [r.limit if r.kind == kind else top for r, top in zip(self.rounds, tops, strict=True)]
-            z = [self._z(g, r) for r in range(len(self.rounds))]
+            tops = [r.limit if r.kind == kind else min(whole, r.limit * implied[kind]) for r in self.rounds]
             self._below.add([*shared, *z], [*(size(c, kind) for c in found), *(-top for top in tops)], 0.0)
+        slots = [float(r.slots) if r.kind == "slots" else float(len(self.tasks)) for r in self.rounds]
+        if "capacity" not in self.limits.relaxed:
+            self._below.add([*shared, *z], [*(c.utilization for c in found), *(-x for x in slots)], 0.0)
 
     def _round_members(self, g: int) -> None:
-        """A candidate that tolerates less than T is not on a GPU whose round is T or longer."""
+        """A candidate of too large a share, or that tolerates less than T, is not on a GPU whose rule has so
+        many slots and a round of T or longer."""
         by_model: dict[int, list[int]] = defaultdict(list)
         for column in self.on_gpu[g]:
             if not self._of(column).alone:
                 by_model[self.columns[column][0]].append(column)
-        for kind in ("work", "serial"):
-            longer = sorted((x.limit, self._z(g, r)) for r, x in enumerate(self.rounds) if x.kind == kind)
+        by_slots: dict[int, list[tuple[float, int]]] = defaultdict(list)
+        for r, rule in enumerate(self.rounds):
+            if rule.kind == "slots":
+                by_slots[rule.slots].append((rule.limit, self._z(g, r)))
+        capacity, wait = self.limits.capacity_percent, "wait" not in self.limits.relaxed
+        for slots, rules in by_slots.items():
+            longer = sorted(rules)
             for columns in by_model.values():
-                most = {c: tolerated(self._of(c), kind, self.limits.capacity_percent) for c in columns}
+                most = {
+                    c: (tolerated_ms(self._of(c), slots) if wait else np.inf)
+                    if slots_of(self._of(c).gpu_percent, capacity) >= slots
+                    else -1.0
+                    for c in columns
+                }
                 out_before = 0
                 for i, (limit, _) in enumerate(longer):
                     out = [c for c in columns if most[c] < limit * (1 - 1e-9)]

@@ -47,7 +47,7 @@ def solve_one_gpu(
             options,
             limits,
             columns,
-            [(lower, rule.limit)],
+            [(lower, rule)],
             gap=0.0,
             time_limit_s=time_limit_s,
             real=True,
@@ -61,9 +61,7 @@ def solve_one_gpu(
         if best.chosen and (not prove or bound >= best.value * (1 - gap)):
             break
         columns = [(m, k, 0) for m, items in enumerate(options) for k in members(items, rule, limits)]
-        answer = pack(
-            tasks, options, limits, columns, [(rule, rule.limit)], gap=gap, time_limit_s=time_limit_s
-        )
+        answer = pack(tasks, options, limits, columns, [(rule, rule)], gap=gap, time_limit_s=time_limit_s)
         certain &= answer.status in ("optimal", "infeasible")
         if answer.chosen and not answer.value >= best.value:
             best = answer
@@ -77,11 +75,14 @@ def solve_one_gpu(
 def widened(rules: Sequence[Round]) -> list[tuple[Round, Round]]:
     """(members, rule): whatever the round is, it lies between the two of some pair, and its plans are plans
     of that pair: models that tolerate the shorter, within the limit of the longer."""
-    pairs = [(r, r) for r in rules if r.kind in ("side", "alone")]
-    kinds: tuple[Kind, ...] = ("work", "serial")
-    for kind in kinds:
-        same = [r for r in rules if r.kind == kind]
-        pairs += pairwise([Round(kind, 0.0), *same])
+    pairs = [(r, r) for r in rules if r.kind != "slots"]
+    counts = sorted({r.slots for r in rules if r.kind == "slots"})
+    for fewer, slots in pairwise([0, *counts]):
+        same = [r for r in rules if r.kind == "slots" and r.slots == slots]
+        # Numbers of slots that were left out lie between two: their members need fit no more than the fewer,
+        # their limits are within those of the more.
+        wide = [Round("slots", x, slots, fewer + 1) for x in (0.0, *(r.limit for r in same[:-1]))]
+        pairs += zip(wide, same, strict=True)
     return pairs
 
 
@@ -109,13 +110,14 @@ def pack(
     options: Sequence[Sequence[Candidate]],
     limits: Limits,
     columns: Sequence[Column],
-    rules: Sequence[tuple[Round, float]],
+    rules: Sequence[tuple[Round, Round]],
     *,
     gap: float,
     time_limit_s: float,
     real: bool = False,
 ) -> Answer:
-    """Least weighted demand over the given columns; rules: of each GPU its rule and limit. real: models may
+    """Least weighted demand over the given columns; rules: of each GPU the rule for its members and
+    that for its limits. real: models may
     be split (a bound, no plan)."""
     below, equal = Rows(), Rows()
     found = [options[m][k] for m, k, _ in columns]
@@ -134,7 +136,9 @@ def pack(
         if "clients" not in limits.relaxed or rule.kind == "alone":
             below.add(here, [1.0] * len(here), most)
         if rule.kind != "alone":
-            below.add(here, [size(found[i], rule.kind) for i in here], limit)
+            below.add(here, [size(found[i], rule.kind) for i in here], limit.limit)
+        if rule.kind == "slots" and "capacity" not in limits.relaxed:
+            below.add(here, [found[i].utilization for i in here], float(limit.slots))
     cost = np.zeros(total)
     cost[: len(columns)] = [cost_of(tasks[m], c) for (m, _, _), c in zip(columns, found, strict=True)]
     integers = [] if real else range(total)

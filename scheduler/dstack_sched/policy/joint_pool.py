@@ -38,6 +38,7 @@ from dstack_sched.policy.monotone import Array
 # Room left in the pool, so that whole models can be packed; tried in turn.
 _ROOM = (0.97, 0.9, 0.8)
 _SUPPORT = 1e-6
+_POOL_SLOTS = 6  # numbers of slots to try
 
 
 def solve_pooled(
@@ -52,7 +53,7 @@ def solve_pooled(
 ) -> Answer:
     """The plan of least weighted demand, as far as pooling and packing find it. Its bound is proven, where
     `prove` asks for one."""
-    rules = [*choose_rounds(options, limits, rounds), Round("alone", 1.0)]
+    rules = [*choose_rounds(options, limits, rounds, _POOL_SLOTS), Round("alone", 1.0)]
     lowest = -np.inf
     if prove:
         bound = _bound(tasks, options, limits, rules, time_limit_s)
@@ -60,7 +61,7 @@ def solve_pooled(
             return Answer("infeasible", bound=np.inf)
         lowest = bound.bound
     for room in _ROOM:
-        pool = Pool(tasks, options, limits, [(r, r.limit) for r in rules], room=room)
+        pool = Pool(tasks, options, limits, [(r, r) for r in rules], room=room)
         pooled = pool.solve(gap=gap, time_limit_s=time_limit_s)
         if pooled.values is None:
             break
@@ -79,20 +80,19 @@ def _bound(
     time_limit_s: float,
 ) -> Solved:
     """The least demand of the pooled program with widened rules, all variables real."""
-    wide = [(members, r.limit) for members, r in widened(rules)]
-    pool = Pool(tasks, options, limits, wide, room=1.0)
+    pool = Pool(tasks, options, limits, widened(rules), room=1.0)
     return pool.solve(gap=1e-3, time_limit_s=time_limit_s, real=True)
 
 
 class Pool:
-    """rules: (rule, limit): candidates must tolerate the rule, and together keep within the limit."""
+    """rules: (for members, for limits): candidates fit the one, and together keep within the other."""
 
     def __init__(
         self,
         tasks: Sequence[JointTask],
         options: Sequence[Sequence[Candidate]],
         limits: Limits,
-        rules: Sequence[tuple[Round, float]],
+        rules: Sequence[tuple[Round, Round]],
         *,
         room: float,
     ) -> None:
@@ -153,7 +153,9 @@ class Pool:
             return
         if "clients" not in limits.relaxed:
             self.below.add([*columns, n], [1.0] * len(columns) + [-float(limits.max_clients)], 0.0)
-        self.below.add([*columns, n], [*(size(c, rule.kind) for c in found), -room * limit], 0.0)
+        self.below.add([*columns, n], [*(size(c, rule.kind) for c in found), -room * limit.limit], 0.0)
+        if rule.kind == "slots" and "capacity" not in limits.relaxed:
+            self.below.add([*columns, n], [*(c.utilization for c in found), -room * limit.slots], 0.0)
 
     def solve(self, *, gap: float, time_limit_s: float, real: bool = False) -> Solved:
         """Models may be split between rules (they are packed later); GPUs are whole unless `real`."""

@@ -16,13 +16,13 @@ from dstack_sched.policy.interference import Interference
 from dstack_sched.policy.joint_model import JointModel
 from dstack_sched.policy.joint_pack import solve_one_gpu
 from dstack_sched.policy.joint_pool import solve_pooled
-from dstack_sched.policy.joint_rows import Answer, Limits
+from dstack_sched.policy.joint_rows import Answer, Limits, slots_in_force
 
 MAX_MPS_CLIENTS = 48
 # Up to this many replica columns (candidates x GPUs) the program is solved in full, beyond it pooled.
 _FULL_COLUMNS = 200
 _POOL_COLUMNS = 900
-_FULL_ROUNDS, _POOL_ROUNDS, _ONE_GPU_ROUNDS = 12, 8, 16
+_FULL_ROUNDS, _POOL_ROUNDS, _ONE_GPU_ROUNDS = 8, 4, 5
 _LEAST_SCALE = 1e-3
 
 
@@ -270,6 +270,12 @@ def _load(placed: Sequence[Placed], limits: Limits) -> dict[str, float]:
             most = max(here, key=lambda x: x[1])[0]
             line = f"{most}: capacity of gpu {gpu} ({limits.capacity_percent:g}%), most of it taken by {most}"
             load[line] = sum(d for _, d in here) / limits.capacity_percent
+        members = [(x.task.name, c) for x in placed for g, c in x.on if g == gpu]
+        slots = slots_in_force([c for _, c in members], limits.capacity_percent)
+        if slots is not None:
+            most = max(members, key=lambda x: x[1].utilization)[0]
+            line = f"{most}: gpu {gpu} runs {slots} shares of this size at a time, most of the time {most}"
+            load[line] = sum(c.utilization for _, c in members) / slots
     for x in placed:
         for gpu, c in x.on:
             load[f"{x.task.name}: throughput at {c.gpu_percent:g}%, b={c.batch_size} on gpu {gpu}"] = (

@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import cvxpy as cp
@@ -15,7 +16,7 @@ import scipy.sparse as sp
 from dstack_sched.policy.candidates import Candidate, JointTask, spread
 from dstack_sched.policy.monotone import Array
 
-Kind = Literal["side", "work", "serial", "alone"]
+Kind = Literal["side", "slots", "alone"]
 Status = Literal["optimal", "limit", "infeasible", "failed"]
 
 
@@ -33,11 +34,14 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """A rule for waiting on one GPU: limit T in percent x ms ("work") or ms ("serial"), C for "side"; "alone"
-    is a GPU with one replica."""
+    """A rule for waiting on one GPU (joint_model.py). limit: C in percent ("side"), or the round T in ms, the
+    largest sum of run times ("slots", with the number of slots). "alone": a GPU with one replica. widest:
+    shares up to C/widest belong (0: C/slots), for bounds over numbers of slots that are not tried."""
 
     kind: Kind
     limit: float
+    slots: int = 1
+    widest: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,59 +55,68 @@ class Answer:
     bound: float = -math.inf
 
 
-def work(c: Candidate) -> float:
-    """The share-time of one batch, p F, in percent x ms."""
-    return c.gpu_percent * c.latency_ms
-
-
 def size(c: Candidate, kind: Kind) -> float:
-    """What the candidate takes of a round's limit."""
-    if kind == "work":
-        return work(c)
-    return c.latency_ms if kind == "serial" else c.gpu_percent
+    """What the candidate takes of a rule's limit: its run in ms, or its GPU%."""
+    return c.latency_ms if kind == "slots" else c.gpu_percent
 
 
-def tolerated(c: Candidate, kind: Kind, capacity_percent: float) -> float:
-    """The longest round at which the candidate keeps its SLO: L (work), M (serial), no limit otherwise."""
-    if kind == "work" and math.isfinite(c.slack_ms):
-        return c.slack_ms * max(0.0, capacity_percent - c.gpu_percent) + work(c)
-    return c.slack_ms + c.latency_ms if kind == "serial" else math.inf
+def tolerated_ms(c: Candidate, slots: int) -> float:
+    """The longest round at which the candidate keeps its SLO with so many slots."""
+    return slots * c.slack_ms + c.latency_ms
 
 
-def choose_rounds(options: Sequence[Sequence[Candidate]], limits: Limits, most: int) -> list[Round]:
-    """Side by side, and at most `most` rounds of each other kind, out of all that could matter: those that
-    some candidate just tolerates. On one GPU all models share the round, which narrows them down."""
+def choose_rounds(
+    options: Sequence[Sequence[Candidate]], limits: Limits, most: int, most_slots: int = 1000
+) -> list[Round]:
+    """Side by side, and out of all slots and rounds that could matter at most `most_slots` numbers of slots
+    with at most `most` rounds each: rounds that some candidate just tolerates. On one GPU all models share
+    them, which narrows them down (then with all numbers of slots)."""
     capacity = limits.capacity_percent
     shared = [[c for c in items if not c.alone] for items in options]
     rounds = [Round("side", capacity)]
-    kinds: tuple[Kind, ...] = ("work", "serial")
-    for kind in kinds:
-        everything = sum(max((size(c, kind) for c in items), default=0.0) for items in shared)
+    counts = sorted({slots_of(c.gpu_percent, capacity) for items in shared for c in items} - {0})
+    for fewer, slots in pairwise([0, *(int(x) for x in spread(counts, most_slots))]):
+        allowed = [[c for c in items if slots_of(c.gpu_percent, capacity) > fewer] for items in shared]
+        everything = sum(max((c.latency_ms for c in items), default=0.0) for items in shared)
         if "wait" in limits.relaxed:
-            rounds.append(Round(kind, everything))
+            rounds.append(Round("slots", everything, slots))
             continue
-        values = {min(tolerated(c, kind, capacity), everything) for items in shared for c in items}
+        values = {min(tolerated_ms(c, slots), everything) for items in allowed for c in items}
         if limits.gpus == 1:
-            low = sum(min((size(c, kind) for c in items), default=math.inf) for items in shared)
-            high = min(max((tolerated(c, kind, capacity) for c in items), default=0.0) for items in shared)
+            low = sum(min((c.latency_ms for c in items), default=math.inf) for items in allowed)
+            high = min(max((tolerated_ms(c, slots) for c in items), default=0.0) for items in allowed)
             values = {x for x in values if low * (1 - 1e-9) <= x <= high * (1 + 1e-9)}
-        rounds += [Round(kind, x) for x in spread(sorted(values - {0.0}), most)]
+        rounds += [Round("slots", x, slots) for x in spread(sorted(values - {0.0}), most)]
     return rounds
+
+
+def slots_of(gpu_percent: float, capacity_percent: float) -> int:
+    """How many replicas of this size the capacity holds at once."""
+    return math.floor(capacity_percent / gpu_percent + 1e-9)
+
+
+def slots_in_force(members: Sequence[Candidate], capacity_percent: float) -> int | None:
+    """How many of these replicas run at a time at least, while one waits; None where all fit side by side."""
+    if sum(c.gpu_percent for c in members) <= capacity_percent * (1 + 1e-9):
+        return None
+    return slots_of(max(c.gpu_percent for c in members), capacity_percent)
 
 
 def fits_round(c: Candidate, r: Round, limits: Limits) -> bool:
     """May the candidate be on a GPU under this rule?"""
     if (r.kind == "alone") != c.alone:
         return False
-    if "wait" in limits.relaxed:
+    if r.kind != "slots":
         return True
-    return tolerated(c, r.kind, limits.capacity_percent) >= r.limit * (1 - 1e-9)
+    if slots_of(c.gpu_percent, limits.capacity_percent) < (r.widest or r.slots):
+        return False
+    return "wait" in limits.relaxed or tolerated_ms(c, r.slots) >= r.limit * (1 - 1e-9)
 
 
 def cost_of(task: JointTask, c: Candidate) -> float:
     """Weighted demand in percent; a best-effort model, which claims none, takes the least share-time."""
     if math.isinf(c.slack_ms):
-        return 1e-6 * work(c) / c.batch_size
+        return 1e-6 * c.gpu_percent * c.latency_ms / c.batch_size
     return task.weight * c.demand_percent
 
 
