@@ -183,7 +183,7 @@ def test_one_gpu_rule_by_rule_equals_brute_force():
         if not all(options):
             continue
         expected = brute_force(tasks, options, limits)
-        answer = solve_one_gpu(tasks, options, limits, rounds=1000, gap=1e-9, time_limit_s=10)
+        answer = solve_one_gpu(tasks, options, limits, gap=1e-9, time_limit_s=10, most_programs=10**6)
         assert answer.bound <= (math.inf if expected is None else expected * (1 + 1e-6) + 1e-6)
         if expected is None:
             assert answer.status == "infeasible", f"seed {seed}"

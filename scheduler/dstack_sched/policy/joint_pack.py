@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections import defaultdict
 from collections.abc import Sequence
 from itertools import pairwise
@@ -31,44 +32,60 @@ def solve_one_gpu(
     options: Sequence[Sequence[Candidate]],
     limits: Limits,
     *,
-    rounds: int,
     gap: float,
     time_limit_s: float,
     prove: bool = True,
+    most_programs: int = 80,
 ) -> Answer:
     """On one GPU all models share a rule, so each rule is a program of its own, and an easy one (a knapsack
-    with a choice for each model). Rules are tried in the order of their bounds, until the bounds of the rest
-    show that none is better; without `prove` the first that fits is enough."""
-    found = []
-    for lower, rule in widened(choose_rounds(options, limits, rounds)):
-        columns = [(m, k, 0) for m, items in enumerate(options) for k in members(items, lower, limits)]
-        relaxed = pack(
+    with a choice for each model). Ranges of rounds are bounded by a linear program, the most promising range
+    is halved until it is one rule, and that is solved; until no range left can be better, or `most_programs`
+    were solved, or, without `prove`, a plan is found."""
+
+    def solve(members_of: Round, rule: Round, real: bool) -> Answer:
+        columns = [(m, k, 0) for m, items in enumerate(options) for k in members(items, members_of, limits)]
+        return pack(
             tasks,
             options,
             limits,
             columns,
-            [(lower, rule)],
-            gap=0.0,
+            [(members_of, rule)],
+            gap=gap,
             time_limit_s=time_limit_s,
-            real=True,
+            real=real,
         )
+
+    ranges: list[tuple[float, int, tuple[Round, ...]]] = []  # bound, order, rules from short to long
+    solved = 0
+
+    def bound(rules: tuple[Round, ...]) -> None:
+        nonlocal solved
+        solved += 1
+        relaxed = solve(rules[0], rules[-1], real=True)
         if relaxed.status != "infeasible":
-            found.append((relaxed.bound, rule))
-    found.sort(key=lambda x: x[0])
-    best = Answer("infeasible", bound=np.inf)
-    certain = True
-    for bound, rule in found:
-        if best.chosen and (not prove or bound >= best.value * (1 - gap)):
+            heapq.heappush(ranges, (relaxed.bound, solved, rules))
+
+    rounds = choose_rounds(options, limits, 1000)
+    for key in dict.fromkeys((r.kind, r.slots) for r in rounds):
+        bound(tuple(r for r in rounds if (r.kind, r.slots) == key))
+    best, certain = Answer("infeasible", bound=np.inf), True
+    while ranges and solved < most_programs and not (best.chosen and not prove):
+        if best.chosen and ranges[0][0] >= best.value * (1 - gap):
             break
-        columns = [(m, k, 0) for m, items in enumerate(options) for k in members(items, rule, limits)]
-        answer = pack(tasks, options, limits, columns, [(rule, rule)], gap=gap, time_limit_s=time_limit_s)
+        _, _, rules = heapq.heappop(ranges)
+        if len(rules) > 1:
+            bound(rules[: len(rules) // 2])
+            bound(rules[len(rules) // 2 :])
+            continue
+        solved += 1
+        answer = solve(rules[0], rules[0], real=False)
         certain &= answer.status in ("optimal", "infeasible")
         if answer.chosen and not answer.value >= best.value:
             best = answer
-    lowest = found[0][0] if found else np.inf
+    lowest = min(ranges[0][0] if ranges else np.inf, best.bound if best.chosen else np.inf)
     if not best.chosen:
-        return Answer("infeasible" if certain else "failed", bound=lowest)
-    done = certain and best.value - lowest <= gap * abs(best.value)
+        return Answer("infeasible" if certain and not ranges else "failed", bound=lowest)
+    done = certain and best.value - lowest <= 2 * gap * abs(best.value)
     return Answer("optimal" if done else "limit", best.chosen, best.value, lowest)
 
 

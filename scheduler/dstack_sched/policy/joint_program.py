@@ -22,7 +22,7 @@ MAX_MPS_CLIENTS = 48
 # Up to this many replica columns (candidates x GPUs) the program is solved in full, beyond it pooled.
 _FULL_COLUMNS = 200
 _POOL_COLUMNS = 900
-_FULL_ROUNDS, _POOL_ROUNDS, _ONE_GPU_ROUNDS = 8, 4, 5
+_FULL_ROUNDS, _POOL_ROUNDS = 8, 4
 _LEAST_SCALE = 1e-3
 
 
@@ -238,9 +238,12 @@ def _fit(
     if sum(map(len, options)) * setting.gpus <= _FULL_COLUMNS:
         model = JointModel(tasks, options, limits, _FULL_ROUNDS)
         answer = model.solve(gap=gap, time_limit_s=time_limit_s)
+    elif setting.gpus == 1:
+        answer = solve_one_gpu(tasks, options, limits, gap=gap, time_limit_s=time_limit_s, prove=prove)
     else:
-        solve, rounds = (solve_pooled, _POOL_ROUNDS) if setting.gpus > 1 else (solve_one_gpu, _ONE_GPU_ROUNDS)
-        answer = solve(tasks, options, limits, rounds=rounds, gap=gap, time_limit_s=time_limit_s, prove=prove)
+        answer = solve_pooled(
+            tasks, options, limits, rounds=_POOL_ROUNDS, gap=gap, time_limit_s=time_limit_s, prove=prove
+        )
     return _plan(tasks, options, answer, limits) if answer.chosen else None
 
 
