@@ -356,6 +356,6 @@ def explain_plan(
             f"({best.efficacy:.3g}{bound}; {best.method}; limited by {', '.join(best.binding) or 'nothing'})"
         )
     lines += [f"limit: {line}" for line in plan.binding]
-    if plan.gap > 0:
-        lines.append(f"the plan is within {100 * plan.gap:.1f}% of the least demand (time limit)")
+    if plan.feasible and 0 < plan.gap < 1:
+        lines.append(f"the plan asks at most {100 * plan.gap:.1f}% more than the proven least demand")
     return (*lines, *plan.notes)
