@@ -7,8 +7,9 @@ with an SLO of its own) x SLOs of 3, 5 and 12 times each model's solo batch-1 la
 Poisson, bursty gamma with CV 3, the Azure trace's timing) x loads of 0.3, 0.7, 1.0 and 1.5 times the best
 peak of any policy. Peaks: largest total rate at which every model keeps 99% of its requests within the SLO,
 steady arrivals. All policies get the same arrivals. Every model rejects late requests where the policy can
-tell (D-STACK, Nexus). "dstack-levels" chooses the share of each batch (green contexts), "dstack" runs at fixed
-MPS shares, the same as mps-static and the other planned policies. Only D-STACK pays control-plane delays.
+tell (D-STACK, Nexus). "dstack-levels" chooses the share of each batch (green contexts), "dstack" runs at
+fixed MPS shares, the same as mps-static and the other planned policies. Only D-STACK pays control-plane
+delays.
 """
 
 from __future__ import annotations

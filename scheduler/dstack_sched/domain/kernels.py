@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-
 # `op` of the record for what the host copies to and from the device: its bytes count, its rows are 0.
 HOST_COPY = "HostCopy"
 

@@ -46,9 +46,10 @@ class ModelPlan:
 class Plan:
     """The content of a plan.json. `headroom`: largest factor on all rates that still fits.
 
-    Not feasible: binding[0] says which model, which limit and the largest scale of the rates that fits; `models`
-    then holds the plan for the rates at that scale (empty when none fits). gap: proven relative distance from the
-    best plan over the candidates, 0 when solved to optimality. notes: what the reader should know, one line each.
+    Not feasible: binding[0] says which model, which limit and the largest scale of the rates that fits;
+    `models` then holds the plan for the rates at that scale (empty when none fits). gap: proven
+    relative distance from the best plan over the candidates, 0 when solved to optimality. notes: what
+    the reader should know, one line each.
     """
 
     capacity_percent: float
