@@ -26,8 +26,8 @@ from dstack_sched.engine.state import NEVER, Instance, Run
 class Rules:
     """The engine's rules and their settings; every one can be switched off to measure what it brings.
 
-    chain: decide the next batch chain_lead_us before the running one ends. levels: choose the share of each
-    batch. reserve: nobody overtakes the first one that does not fit. scoreboard: order by service under
+    chain: decide the next batch chain_lead_us before the running one ends (not under overload). levels:
+    choose the share of each batch. reserve: nobody overtakes the first one that does not fit. scoreboard: order by service under
     overload. shed: reject what cannot make it (where the model allows). run_fraction: no run longer than
     this part of the objective. safety: part of a run time kept in hand when a deadline is checked. patience:
     a batch that is not full may wait until this part of the objective is left beyond its run time (1: never).
@@ -35,7 +35,7 @@ class Rules:
     """
 
     chain: bool = True
-    chain_lead_us: int = 400
+    chain_lead_us: int = 250
     levels: bool = True
     reserve: bool = True
     scoreboard: bool = True
@@ -146,7 +146,8 @@ class DStackEngine(EngineBase):
             if run.end_us - self.rules.chain_lead_us > now:  # slowed down meanwhile: ask again later
                 self._wake(run.end_us - self.rules.chain_lead_us, WAKE_CHAIN, instance, token)
                 return
-            instance.chainable = True
+            # Under overload the queue is never empty: what comes until the end is worth more than the gap.
+            instance.chainable = not self.overloaded
         elif kind == WAKE_SESSION:
             instance.model.reported_us = -NEVER  # at most one of these a session anyhow: never held back
             self._report(instance, f"{instance.waiting} rows without a run for a whole session", now)
@@ -275,6 +276,8 @@ class DStackEngine(EngineBase):
         """The best share and batch within `available` percent, or None when it should wait for more."""
         run = instance.run
         start = now if run is None else max(run.end_us, now)
+        # A chained batch takes what has come by the time it starts.
+        instance.expected = instance.waiting + int(instance.rate_per_us * (start - now))
         beside = self.promised - (run.percent if run is not None else 0.0)
         slow = instance.model.slowdown(beside)
         if self.rules.foresee:
@@ -350,7 +353,7 @@ class DStackEngine(EngineBase):
 
     def _batch(self, instance: Instance, level: int, start: int, slow: float, now: int) -> Pick:
         """The best batch at this level, starting at `start` with this slowdown by co-runners."""
-        times, waiting, slo_us = instance.times, instance.waiting, instance.slo_us
+        times, waiting, slo_us = instance.times, instance.expected, instance.slo_us
         percent = min(instance.levels[level], self.capacity)
         factor = slow * (1.0 + self.rules.safety)
         if not slo_us:
@@ -372,7 +375,7 @@ class DStackEngine(EngineBase):
         self, instance: Instance, level: int, percent: float, batch: int, start: int, factor: float
     ) -> Pick:
         """All rows of the batch make it."""
-        rows = min(instance.waiting, batch)
+        rows = min(instance.expected, batch)
         run_us = instance.times.us[level][rows] * instance.times.scale * factor
         return Pick(level, percent, batch, rows, start + int(run_us), rows * instance.worth_per_row / run_us)
 
@@ -389,7 +392,7 @@ class DStackEngine(EngineBase):
     ) -> Pick:
         """Not all make it: serve the `fit` most urgent in time, or give them up for a larger batch of
         younger ones, whichever brings more rows in time per microsecond."""
-        times, waiting, worth = instance.times, instance.waiting, instance.worth_per_row
+        times, waiting, worth = instance.times, instance.expected, instance.worth_per_row
         row_us = times.us[level]
         want = min(waiting, batch)
         whole_us = row_us[want] * times.scale * factor

@@ -95,6 +95,7 @@ class Instance:
         "duty",
         "duty_since_us",
         "entry",
+        "expected",
         "go_us",
         "level",
         "levels",
@@ -137,6 +138,7 @@ class Instance:
         self.entry: tuple[int, int, Instance, bool] | None = None
         self.chainable = False  # runs, and its next batch may be decided
         self.go_us = 0
+        self.expected = 0  # rows that will wait when the grant in question starts
         self.parked = False  # waits for more rows, aside from those that may be granted
         self.slow_seen = 1.0  # slowdown by co-runners, moving average
         self.duty = 0.0

@@ -33,8 +33,8 @@ FOREVER = 1 << 62
 class Backend:
     """A simulated instance: a queue in order of deadlines, at most one running batch and one chained grant.
 
-    Rows [head, tail) of `arrivals` wait. It reports work when its queue changes materially: each new row
-    while it is idle and below its batch size, each doubling otherwise.
+    Rows [head, tail) of `arrivals` wait. It reports work as the real one does (dstack_backend.gate): each new
+    row up to two batches, then no more but each doubling.
     """
 
     __slots__ = (
@@ -233,8 +233,8 @@ class World:
 
     def _expect_more(self, backend: Backend, waiting: int) -> None:
         """From now on tell when the queue reaches notify_at rows."""
-        idle = backend.job is None and waiting < backend.spec.batch_size
-        backend.notify_at = waiting + 1 if idle or not waiting else 2 * waiting
+        few = waiting < 2 * backend.spec.batch_size
+        backend.notify_at = waiting + 1 if few else 2 * waiting
 
     def _arm(self, backend: Backend) -> None:
         """Wake up when the queue reaches notify_at rows."""
