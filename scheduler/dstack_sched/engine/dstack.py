@@ -27,10 +27,11 @@ class Rules:
     """The engine's rules and their settings; every one can be switched off to measure what it brings.
 
     chain: decide the next batch chain_lead_us before the running one ends (not under overload). levels:
-    choose the share of each batch. reserve: nobody overtakes the first one that does not fit. scoreboard: order by service under
-    overload. shed: reject what cannot make it (where the model allows). run_fraction: no run longer than
-    this part of the objective. safety: part of a run time kept in hand when a deadline is checked. patience:
-    a batch that is not full may wait until this part of the objective is left beyond its run time (1: never).
+    choose the share of each batch. reserve: nobody overtakes the first one that does not fit. scoreboard:
+    order by service under overload. shed: reject what cannot make it (where the model allows). run_fraction:
+    no run longer than this part of the objective. safety: part of a run time kept in hand when a deadline is
+    checked. patience: a batch that is not full may wait until this part of the objective is left beyond its
+    run time (1: never).
     foresee: predict with the slowdown by co-runners seen lately where it is more than now's.
     """
 
