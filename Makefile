@@ -35,7 +35,7 @@ doctor: setup ## check every needed part of this machine
 
 .PHONY: test
 test: setup models ## pass the tests (those of a GPU and the long studies apart)
-	$(BIN)/python -m pytest -q -m "not gpu and not slow"
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not gpu and not slow"
 
 .PHONY: test-gpu
 test-gpu: setup models ## the tests that need an NVIDIA GPU

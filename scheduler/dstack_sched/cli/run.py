@@ -31,6 +31,7 @@ from dstack_sched.cli.common import (
     state_dir,
 )
 from dstack_sched.cli.deployment import Deployment, served_repository
+from dstack_sched.cli.host import signals_interrupt
 from dstack_sched.cli.plan import show_plan
 from dstack_sched.cli.profile import finish, measure_models, probe_settings
 from dstack_sched.config import read_workload
@@ -138,10 +139,11 @@ def run(
 
 
 def watch(loop: ControlLoop, first: Round, interval_s: float) -> None:
-    """Until Ctrl-C."""
+    """Until Ctrl-C or SIGTERM, also as a background job of a shell, which ignores Ctrl-C for us."""
     say("watching the rates; Ctrl-C ends the controller, what it put in force stays")
     try:
-        loop.watch(first, interval_s, lambda: True)
+        with signals_interrupt():
+            loop.watch(first, interval_s, lambda: True)
     except KeyboardInterrupt:
         say("stopped; the plan stays in force")
 
