@@ -4,7 +4,7 @@
 
 Batch program: the geometric program, its rounding and the binding limits, for 200 random models one by one.
 Joint program: `make_plan` as the command line runs it (surfaces, candidates, the plan and its largest scale),
-and the plan alone; random models with SLOs of 25 to 200 ms, a load of a good third of the GPUs, an
+and the plan alone; random models with SLOs of 40 to 320 ms, a load of 30% of the GPUs, an
 interference model like that of the H100, and capacities of 100 and 200%. How the time grows: over models and
 over GPUs. gap: distance of a plan that fits from a proven lower bound on the demand of all plans.
 """
@@ -40,8 +40,8 @@ from report import REPORTS, write_report
 DEVICE = Device("NVIDIA H100 80GB HBM3", 132, 85_520_809_984, "580.159.04", "onnxruntime-gpu")
 INTERFERENCE = Interference({}, 0.6, 1.5)
 PERCENTS, BATCHES = (10, 20, 40, 70, 100), (1, 4, 16, 32)
-SLOS_MS = (25.0, 50.0, 100.0, 200.0)
-LOAD = 0.35  # demand over 100% of every GPU, before interference
+SLOS_MS = (40.0, 80.0, 160.0, 320.0)
+LOAD = 0.3  # demand over 100% of every GPU, before interference
 SHAPES = ((5, 1), (10, 1), (20, 1), (40, 1), (20, 2), (50, 4), (100, 4), (100, 8), (200, 8))
 TARGETS = {"batch_program_ms_p50": 50.0, "joint_20x1_s": 1.0, "joint_100x8_s": 10.0}
 SEED = 20261122

@@ -12,6 +12,7 @@ from typing import Literal
 import cvxpy as cp
 import numpy as np
 import scipy.sparse as sp
+from scipy.optimize import linprog
 
 from dstack_sched.policy.candidates import Candidate, JointTask, spread
 from dstack_sched.policy.monotone import Array
@@ -158,12 +159,14 @@ def solve_program(
     gap: float,
     time_limit_s: float,
 ) -> Solved:
-    """min cost v over below, equal, 0 <= v <= upper, v integer where said. cvxpy with HiGHS."""
+    """min cost v over below, equal, 0 <= v <= upper, v integer where said. cvxpy with HiGHS; a program
+    without integers, a bound of which many are asked for, goes to HiGHS by itself, which is much shorter."""
     width = cost.size
-    integer: bool | tuple[Array, ...] = (np.asarray(integers, np.int64),) if integers else False
-    v = cp.Variable(width, integer=integer, bounds=[np.zeros(width), upper])
     left, even = below.matrix(width), equal.matrix(width)
     right, exact = np.asarray(below.right), np.asarray(equal.right)
+    if not integers:
+        return _solve_real(cost, (left, right), (even, exact), upper, time_limit_s)
+    v = cp.Variable(width, integer=(np.asarray(integers, np.int64),), bounds=[np.zeros(width), upper])
     problem = cp.Problem(cp.Minimize(cost @ v), [left @ v <= right, even @ v == exact])
     options = {"mip_rel_gap": gap, "time_limit": time_limit_s, "threads": 2}
     with warnings.catch_warnings():
@@ -173,14 +176,14 @@ def solve_program(
         except cp.SolverError:
             return Solved("failed", None, -math.inf)
     info = problem.solver_stats.extra_stats if problem.solver_stats is not None else None
-    bound = float(getattr(info, "mip_dual_bound", -math.inf)) if integers else -math.inf
+    bound = float(getattr(info, "mip_dual_bound", -math.inf))
     if problem.status in ("infeasible", "infeasible_or_unbounded"):
         return Solved("infeasible", None, math.inf)
     if problem.status not in (cp.OPTIMAL, cp.USER_LIMIT) or v.value is None:
         return Solved("failed", None, bound)
     values = np.asarray(v.value, np.float64)
     # A run cut short by its time limit may carry no solution: check it before it is believed.
-    whole = values[list(integers)] if integers else np.zeros(0)
+    whole = values[list(integers)]
     holds = (
         (left @ values <= right + 1e-5 * (1 + np.abs(right))).all()
         and np.allclose(even @ values, exact, atol=1e-4)
@@ -188,9 +191,33 @@ def solve_program(
     )
     if not holds:
         return Solved("failed", None, bound)
-    value = float(cost @ values)
-    done = problem.status == cp.OPTIMAL
-    return Solved("optimal" if done else "limit", values, bound if integers else value)
+    return Solved("optimal" if problem.status == cp.OPTIMAL else "limit", values, bound)
+
+
+def _solve_real(
+    cost: Array,
+    below: tuple[sp.csr_array, Array],
+    equal: tuple[sp.csr_array, Array],
+    upper: Array,
+    time_limit_s: float,
+) -> Solved:
+    if (np.diff(equal[0].indptr) == 0).any():  # a model without any column
+        return Solved("infeasible", None, math.inf)
+    found = linprog(
+        cost,
+        A_ub=below[0],
+        b_ub=below[1],
+        A_eq=equal[0],
+        b_eq=equal[1],
+        bounds=np.stack([np.zeros_like(upper), upper], axis=1),
+        method="highs",
+        options={"time_limit": time_limit_s},
+    )
+    if found.status == 2:
+        return Solved("infeasible", None, math.inf)
+    if found.status != 0:
+        return Solved("failed", None, -math.inf)
+    return Solved("optimal", np.asarray(found.x, np.float64), float(found.fun))
 
 
 def replica_key(c: Candidate) -> tuple[float, int, int]:
