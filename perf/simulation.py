@@ -2,11 +2,12 @@
 
     make perf-simulation      (or: python perf/simulation.py [--quick] [--workers N] [--out DIR])
 
-Cells: mixes of 2, 3, 4, 7 and 12 models on the profiled H100 (copies of models where fewer are profiled, each
-with an SLO of its own) x SLOs of 3, 5 and 12 times each model's solo batch-1 latency x arrivals (steady
-Poisson, bursty gamma with CV 3, the Azure trace's timing) x loads of 0.3, 0.7, 1.0 and 1.5 times the best
-peak of any policy. Peaks: largest total rate at which every model keeps 99% of its requests within the SLO,
-steady arrivals, the mean of three seeds (one alone is off by tens of percent at 3x SLOs, where few miss). All policies get the same arrivals. Every model rejects late requests where the policy can
+Cells: mixes of 2, 3, 4, 7 and 12 models on the profiled H100 (copies of models where fewer are profiled,
+each with an SLO of its own) x SLOs of 3, 5 and 12 times each model's solo batch-1 latency x arrivals
+(steady Poisson, bursty gamma with CV 3, the Azure trace's timing) x loads of 0.3, 0.7, 1.0 and 1.5 times
+the best peak of any policy. Peaks: largest total rate at which every model keeps 99% of its requests
+within the SLO, steady arrivals, the mean of three seeds (one alone is off by tens of percent at 3x SLOs,
+where few miss). All policies get the same arrivals. Every model rejects late requests where the policy can
 tell (D-STACK, Nexus). "dstack-levels" chooses the share of each batch (green contexts), "dstack" runs at
 fixed MPS shares, the same as mps-static and the other planned policies. Only D-STACK pays control-plane
 delays.
