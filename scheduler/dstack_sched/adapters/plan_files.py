@@ -6,13 +6,12 @@ rate_per_s, weight, on_late), and the plan `notes` and `gap`. A reader of versio
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dstack_sched.adapters.profile_files import write_json
+from dstack_sched.adapters.json_files import check_version, parse_json, read_text, write_json
 from dstack_sched.domain.plan import ModelPlan, Plan, Replica
 from dstack_sched.domain.workload import OnLate
 from dstack_sched.errors import InputError
@@ -42,27 +41,13 @@ def write_plan(path: Path, plan: Plan) -> None:
 
 def read_plan(path: Path) -> Plan:
     """The plan in a plan.json. Errors: InputError, one line that names the file, the model and the key."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; make one with `dstackctl plan --out {path}`") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read ({error})") from None
-    return parse_plan(text, str(path))
+    return parse_plan(read_text(path, f"dstackctl plan --out {path}"), str(path))
 
 
 def parse_plan(text: str, source: str) -> Plan:
     """Parse the text of a plan.json; `source` is its name in error messages."""
-    try:
-        raw = json.loads(text)
-    except ValueError as error:
-        raise InputError(f"{source}: not JSON ({error})") from None
-    root = _mapping(raw, source)
-    version = root.get("version")
-    if version is True or version != VERSION:
-        raise InputError(
-            f"{source}: version is {version!r}, this dstackctl reads version {VERSION}; plan again"
-        )
+    root = _mapping(parse_json(text, source), source)
+    check_version(root, source, VERSION, "plan again")
     gpus = _strings(root.get("gpus"), f"{source}: gpus")
     feasible = root.get("feasible")
     if not isinstance(feasible, bool):

@@ -7,15 +7,13 @@ file, the model, the point and the mend.
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dstack_sched.adapters.json_files import check_version, parse_json, read_text, write_json
 from dstack_sched.domain.order import MONOTONE_TOLERANCE, non_monotone
 from dstack_sched.domain.profile import (
     CorunMember,
@@ -63,29 +61,13 @@ def read_profiles(path: Path) -> ProfileSet:
 
 def read_profile_file(path: Path) -> ProfileFile:
     """As read_profiles, with a note for each part of the file that was left out."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise InputError(
-            f"{path}: no such file; make one with `dstackctl profile MODEL --out {path}`"
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read ({error})") from None
-    return parse_profiles(text, str(path))
+    return parse_profiles(read_text(path, f"dstackctl profile MODEL --out {path}"), str(path))
 
 
 def parse_profiles(text: str, source: str) -> ProfileFile:
     """Parse the text of a profiles.json; `source` is its name in error messages."""
-    try:
-        raw = json.loads(text)
-    except ValueError as error:
-        raise InputError(f"{source}: not JSON ({error})") from None
-    root = _mapping(raw, source)
-    version = root.get("version")
-    if version is True or version != VERSION:
-        raise InputError(
-            f"{source}: version is {version!r}, this dstackctl reads version {VERSION}; profile again"
-        )
+    root = _mapping(parse_json(text, source), source)
+    check_version(root, source, VERSION, "profile again")
     device = parse_device(root.get("gpu"), f"{source}: gpu")
     raw_models = _mapping(root.get("models"), f"{source}: models")
     if not raw_models:
@@ -217,20 +199,6 @@ def model_json(model: ModelProfile) -> dict[str, Any]:
 def write_profiles(path: Path, profiles: ProfileSet) -> None:
     """Write a profiles.json whole or not at all. Errors: InputError when the place cannot be written."""
     write_json(path, profiles_json(profiles))
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write JSON through a temporary file and a rename, so that no reader sees half of it."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=1, allow_nan=False)
-            file.write("\n")
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror}); name another place") from None
 
 
 def _parse_fit(raw: Any, where: str) -> LatencyFit | None:

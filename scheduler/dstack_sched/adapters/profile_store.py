@@ -16,13 +16,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from dstack_sched.adapters.json_files import write_json
 from dstack_sched.adapters.profile_files import (
     VERSION,
     model_json,
     parse_corun,
     parse_device,
     parse_model,
-    write_json,
 )
 from dstack_sched.domain.profile import CorunPoint, Device, ModelProfile, ProfileSet
 from dstack_sched.errors import InputError

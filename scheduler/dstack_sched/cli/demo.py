@@ -13,8 +13,8 @@ import typer
 from dstack_sched.adapters.arbiter_client import SocketArbiterClient
 from dstack_sched.adapters.clock import SystemClock
 from dstack_sched.adapters.decision_log import FileDecisionLog
+from dstack_sched.adapters.json_files import write_json
 from dstack_sched.adapters.perf_analyzer import LoadOptions
-from dstack_sched.adapters.profile_files import write_json
 from dstack_sched.adapters.repository import DiskRepository
 from dstack_sched.adapters.triton_client import TritonClient
 from dstack_sched.app.bench import BenchOptions
