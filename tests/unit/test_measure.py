@@ -128,6 +128,12 @@ class FakeSession:
             raise RuntimeError("device lost\nat line 3")
         self.rows.append(batch["x"].shape[0])
 
+    def warm_up(self, batch_sizes) -> None:
+        """As a CPU session: nothing to prepare."""
+
+    def forget(self) -> None:
+        """As a CPU session: nothing kept."""
+
 
 def talk(session: FakeSession, *commands) -> list[dict]:
     worker = Worker(session, {}, lambda: 123, lambda: 456)

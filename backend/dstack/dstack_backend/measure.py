@@ -121,8 +121,7 @@ class Worker:
         what = command.get("do")
         if what == "prepare":
             self._prepared = {int(size) for size in command["batch_sizes"]}
-            if hasattr(self._session, "warm_up"):
-                self._session.warm_up(sorted(self._prepared))
+            self._session.warm_up(sorted(self._prepared))
             return {"prepared": sorted(self._prepared)}
         if what == "measure":
             batch_size = int(command["batch_size"])
@@ -159,7 +158,7 @@ class Worker:
 
     def _forget(self, batch_size: int) -> None:
         """A session keeps what it made for a batch size; those of all workers at once may be too much."""
-        if batch_size not in self._prepared and hasattr(self._session, "forget"):
+        if batch_size not in self._prepared:
             self._session.forget()
 
 

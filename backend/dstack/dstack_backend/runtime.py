@@ -37,6 +37,10 @@ class Session(Protocol):
         """Prepare the device for these batch sizes, in the thread that will run them."""
         ...
 
+    def forget(self) -> None:
+        """Give back what warming up and runs keep by batch size; it is made again when needed."""
+        ...
+
     def allocate(self, shape: tuple[int, ...], dtype: Any) -> Array:
         """Memory to gather inputs in that run() takes fastest. Good until close()."""
         ...
@@ -111,6 +115,9 @@ class CpuSession:
 
     def warm_up(self, batch_sizes: Sequence[int]) -> None:
         """Nothing to prepare: the CPU provider plans for any shape."""
+
+    def forget(self) -> None:
+        """Nothing is kept by batch size."""
 
     def allocate(self, shape: tuple[int, ...], dtype: Any) -> Array:
         return aligned(shape, dtype)

@@ -89,10 +89,6 @@ class TritonClient:
         except InferenceServerException:
             return False
 
-    def model_metadata(self, model: str) -> dict[str, Any]:
-        """Inputs and outputs as clients see them, with the batch dimension."""
-        return self._ask(f"{model}: metadata", self._client.get_model_metadata, model)
-
     def config(self, model: str) -> dict[str, Any]:
         """The configuration in force, auto-completed fields included. Enums are names, int64 are ints."""
         return dict(self._ask(f"{model}: config", self._client.get_model_config, model)["config"])

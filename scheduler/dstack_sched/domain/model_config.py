@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 BACKEND = "dstack"
-OUR_PARAMETERS = ("gpu_percent", "slo_ms", "batch_size", "execution_provider", "model_file", "on_late")
 
 
 @dataclass(frozen=True, slots=True)

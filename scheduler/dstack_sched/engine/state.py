@@ -93,7 +93,6 @@ class Instance:
         "claim_weight",
         "deadline_us",
         "duty",
-        "duty_since_us",
         "entry",
         "expected",
         "go_us",
@@ -145,7 +144,6 @@ class Instance:
         self.claim_weight = 0.0  # what it counts for among those that share the GPU
         self.active_us = -NEVER
         self.busy_us = 0
-        self.duty_since_us = 0
         self.boosted = False  # waited a whole session
         self.rate_per_us = 0.0
         self.rate_rows = 0

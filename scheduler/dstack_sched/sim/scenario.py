@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from dstack_sched.domain.event import PlanChanged
-from dstack_sched.domain.workload import ModelDemand, OnLate
+from dstack_sched.domain.workload import ModelDemand
 from dstack_sched.sim.arrivals import Arrivals
 from dstack_sched.sim.gpu import SpeedModel
 
@@ -27,10 +27,6 @@ class SimInstance:
     @property
     def slo_us(self) -> int:
         return round(self.demand.slo_ms * 1000) if self.demand.slo_ms else 0
-
-    @property
-    def rejects(self) -> bool:
-        return self.demand.on_late is OnLate.REJECT
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from dstack_sched.domain.plan import Plan
 from dstack_sched.domain.profile import ProfileSet
 from dstack_sched.domain.workload import ModelDemand, Workload
 from dstack_sched.engine.registry import policy as find_policy
-from dstack_sched.errors import InfeasibleError, InputError
+from dstack_sched.errors import InputError
 from dstack_sched.policy.bounds import Bound, ideal_corun, ideal_isolated
 from dstack_sched.policy.interference import fit_interference
 from dstack_sched.policy.latency import LatencySurface
@@ -208,12 +208,3 @@ def _peak_of(case: Case, policy_name: str, duration_s: float, seed: int, toleran
         middle = (low + high) / 2
         low, high = (middle, high) if keeps(middle) else (low, middle)
     return low
-
-
-def require_served(result: SimResult, attainment: float) -> None:
-    """Raises InfeasibleError, naming the worst model, when a model misses the wanted attainment."""
-    for name, model in result.models.items():
-        if model.offered and model.slo_attainment < attainment:
-            raise InfeasibleError(
-                f"{name}: {model.slo_attainment:.4f} of its requests met the SLO, {attainment:g} wanted"
-            )

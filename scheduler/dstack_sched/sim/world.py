@@ -39,7 +39,7 @@ class Backend:
 
     __slots__ = (
         "arrivals", "batches", "chained", "down", "failed", "grant", "head", "hung", "index", "job", "name",
-        "notify_at", "rejected", "sent_at", "share_percent_us", "slow", "spec", "tail", "wake_token",
+        "notify_at", "rejected", "share_percent_us", "slow", "spec", "tail", "wake_token",
     )  # fmt: skip
 
     def __init__(self, index: int, spec: SimInstance, arrivals: list[int]) -> None:
@@ -57,7 +57,6 @@ class Backend:
         self.slow = 1.0
         self.rejected = self.failed = 0
         self.share_percent_us = 0.0
-        self.sent_at = -1
         self.batches: list[tuple[int, int, int]] = []  # first row, rows, end in us
 
     def waiting(self, now: float) -> int:
