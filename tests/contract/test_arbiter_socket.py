@@ -122,7 +122,7 @@ def test_another_user_is_refused_even_where_the_mode_lets_it_in(running: Arbiter
 
 
 @pytest.mark.parametrize(
-    "packet", [b"x", b"DS\x01\x03", b"DS\x63\x07", os.urandom(500), b"D" * (wire.MAX_MESSAGE_BYTES + 10)]
+    "packet", [b"x", b"DS\x02\x03", b"DS\x63\x07", os.urandom(500), b"D" * (wire.MAX_MESSAGE_BYTES + 10)]
 )
 def test_malformed_packet_drops_its_sender_only(running: Arbiter, packet: bytes) -> None:
     with Backend(running.path, "bystander") as bystander, Backend(running.path, "culprit") as culprit:

@@ -43,6 +43,7 @@ def joins(draw: st.DrawFn) -> wire.Join:
         levels=tuple(draw(st.lists(PERCENT, max_size=wire.MAX_LEVELS))),
         running_percent=draw(st.just(0.0) | PERCENT),
         running_until_us=draw(U64),
+        sm_groups=draw(st.integers(0, wire.MAX_SM_GROUPS)),
     )
 
 
@@ -50,7 +51,10 @@ MESSAGES = st.one_of(
     joins(),
     st.builds(wire.Welcome, U64, CAPACITY),
     st.builds(wire.Work, U32, U64),
-    st.builds(wire.Grant, U64, U32, CAPACITY, U64),
+    st.builds(wire.Grant, U64, U32, CAPACITY, U64, U64, st.booleans()),
+    st.builds(wire.Start, U64, U32, U32, U64),
+    st.builds(wire.Revoke, U64),
+    st.builds(wire.Telemetry, BODY),
     st.builds(wire.Shed, U64),
     st.builds(wire.Done, U64, U32, U32, U32, U32, U64),
     st.just(wire.Leave()),
@@ -114,20 +118,20 @@ def test_a_good_packet_damaged(message: wire.Message, data: st.DataObject) -> No
     "packet",
     [
         b"",
-        b"DS\x01",
+        b"DS\x02",
         b"XX\x01\x07",
-        b"DS\x02\x07",
-        b"DS\x01\x00",
-        b"DS\x01\x07\x00",
-        b"DS\x01\x09[]",
-        b"DS\x01\x09{",
-        b'DS\x01\x09{"a":NaN}',
-        b'DS\x01\x09{"a":-Infinity}',
-        b"DS\x01\x09" + b"[" * 100_000,
-        b'DS\x01\x09{"a":' + b"9" * 10_000 + b"}",
-        b'DS\x01\x09"\xff"',
-        b"DS\x01\x08\xff\xff",
-        b"DS\x01\x09" + b" " * wire.MAX_MESSAGE_BYTES + b"{}",
+        b"DS\x01\x07",
+        b"DS\x02\x00",
+        b"DS\x02\x07\x00",
+        b"DS\x02\x09[]",
+        b"DS\x02\x09{",
+        b'DS\x02\x09{"a":NaN}',
+        b'DS\x02\x09{"a":-Infinity}',
+        b"DS\x02\x09" + b"[" * 100_000,
+        b'DS\x02\x09{"a":' + b"9" * 10_000 + b"}",
+        b'DS\x02\x09"\xff"',
+        b"DS\x02\x08\xff\xff",
+        b"DS\x02\x09" + b" " * wire.MAX_MESSAGE_BYTES + b"{}",
     ],
 )
 def test_known_bad_packets(packet: bytes) -> None:
@@ -150,6 +154,7 @@ def test_known_bad_packets(packet: bytes) -> None:
         wire.Control({"a": "x" * wire.MAX_MESSAGE_BYTES}),
         wire.Join("m" * 600, "i", 1, 0, 50.0, 1, 1, 0, False),
         wire.Join("m", "i", 1, 0, 50.0, 1, 1, 0, False, (10.0,) * 300),
+        wire.Grant(1, 1, 50.0, 0, 1 << 64),
     ],
 )
 def test_what_cannot_be_sent_says_so(message: wire.Message) -> None:

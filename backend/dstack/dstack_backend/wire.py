@@ -13,6 +13,10 @@ by one Done. No word while a grant is wanted: Ping; still none: the arbiter coun
 the connection, runs ungated, and connects again from time to time. One that runs ungated while it joins says
 so in Join, and ends that batch with Done(grant_id=0).
 
+A standing grant is given to an idle instance before it has work, while nobody else wants the GPU: it runs
+its next batch without asking, and says so with Start. The arbiter may take it back with Revoke; the instance
+answers with Done(rows=0), or, where the two crossed, has started already. Telemetry is told once a second.
+
 This module is shared with the arbiter (dstack_sched.adapters) and knows neither Triton nor the scheduler.
 """
 
@@ -23,21 +27,24 @@ import struct
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-VERSION = 1
+VERSION = 2
 MAX_MESSAGE_BYTES = 128 * 1024
 MAX_NAME_BYTES = 512
 MAX_LEVELS = 64
+MAX_SM_GROUPS = 64
 MAX_BATCH_SIZE = 1 << 20
 
 _MAGIC = b"DS"
 _HEAD = struct.Struct("<2sBB")
-_JOIN = struct.Struct("<IhHIIIHQBB")
+_JOIN = struct.Struct("<IhHIIIHQBBB")
 _WORK = struct.Struct("<IQ")
 _DONE = struct.Struct("<QIIIIQ")
-_GRANT = struct.Struct("<QIHQ")
+_GRANT = struct.Struct("<QIHQQB")
 _SHED = struct.Struct("<Q")
 _WELCOME = struct.Struct("<QH")
 _PING = struct.Struct("<Q")
+_START = struct.Struct("<QIIQ")
+_REVOKE = struct.Struct("<Q")
 
 
 class WireError(ValueError):
@@ -49,6 +56,7 @@ class Join:
     """Backend -> arbiter, first message. gpu -1: a CPU instance. slo_us 0: best effort.
 
     levels: GPU percentages the instance can take from one batch to the next; empty: gpu_percent only.
+    sm_groups: into how many groups of SMs its device is split, so that a grant can name them; 0: into none.
     running_percent, running_until_us: a batch that runs ungranted while joining (after the arbiter was away)
     and when it should end, so that the arbiter counts its share; 0 and 0 when idle. Its end is reported by
     Done with grant_id 0.
@@ -66,6 +74,7 @@ class Join:
     levels: tuple[float, ...] = ()
     running_percent: float = 0.0
     running_until_us: int = 0
+    sm_groups: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,12 +95,38 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """Arbiter -> backend: run one batch of at most batch_size rows at gpu_percent, before the lease ends."""
+    """Arbiter -> backend: run one batch of at most batch_size rows at gpu_percent, before the lease ends.
+
+    sm_groups: the SM groups to run on, bit i for group i; 0: the instance chooses, or has none.
+    standing: for the next work that comes, to be started by Start; otherwise for work that waits now.
+    """
 
     grant_id: int
     batch_size: int
     gpu_percent: float
     lease_until_us: int
+    sm_groups: int = 0
+    standing: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Backend -> arbiter: a standing grant is in use from now on, for `rows` rows.
+
+    waiting and earliest_deadline_us are the queue beside this batch, as in Work.
+    """
+
+    grant_id: int
+    rows: int
+    waiting: int
+    earliest_deadline_us: int
+
+
+@dataclass(frozen=True, slots=True)
+class Revoke:
+    """Arbiter -> backend: a standing grant is taken back. Answered by Done(rows=0) where it is unused."""
+
+    grant_id: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,13 +191,21 @@ class Reply:
     body: dict[str, Any]
 
 
+@dataclass(frozen=True, slots=True)
+class Telemetry:
+    """Backend -> arbiter, about once a second: what the instance measured of itself (stats.telemetry)."""
+
+    body: dict[str, Any]
+
+
 Message: TypeAlias = (
-    Join | Welcome | Work | Grant | Shed | Done | Leave | Refuse | Control | Reply | Ping | Pong
-)
+    Join | Welcome | Work | Grant | Start | Revoke | Shed | Done | Leave | Refuse | Control | Reply | Ping
+    | Pong | Telemetry
+)  # fmt: skip
 
 _KIND: dict[type, int] = {
     Join: 1, Welcome: 2, Work: 3, Grant: 4, Shed: 5, Done: 6, Leave: 7, Refuse: 8, Control: 9, Reply: 10,
-    Ping: 11, Pong: 12,
+    Ping: 11, Pong: 12, Telemetry: 13, Start: 14, Revoke: 15,
 }  # fmt: skip
 
 
@@ -184,8 +227,12 @@ def _body(message: Message) -> bytes:
     match message:
         case Work(waiting, deadline):
             return _WORK.pack(waiting, deadline)
-        case Grant(grant_id, batch_size, percent, lease):
-            return _GRANT.pack(grant_id, batch_size, _hundredths(percent), lease)
+        case Grant(grant_id, batch_size, percent, lease, groups, standing):
+            return _GRANT.pack(grant_id, batch_size, _hundredths(percent), lease, groups, standing)
+        case Start(grant_id, rows, waiting, deadline):
+            return _START.pack(grant_id, rows, waiting, deadline)
+        case Revoke(grant_id):
+            return _REVOKE.pack(grant_id)
         case Done(grant_id, rows, late, run_us, waiting, deadline):
             return _DONE.pack(grant_id, rows, late, run_us, waiting, deadline)
         case Shed(before):
@@ -196,7 +243,7 @@ def _body(message: Message) -> bytes:
             fixed = _JOIN.pack(
                 message.pid, message.gpu, _hundredths(message.gpu_percent), message.max_batch_size,
                 message.batch_size, message.slo_us, _hundredths(message.running_percent),
-                message.running_until_us, message.reject_late, len(message.levels),
+                message.running_until_us, message.reject_late, message.sm_groups, len(message.levels),
             )  # fmt: skip
             levels = struct.pack(f"<{len(message.levels)}H", *map(_hundredths, message.levels))
             return fixed + levels + _text(message.model) + _text(message.instance)
@@ -204,7 +251,7 @@ def _body(message: Message) -> bytes:
             return _PING.pack(nonce)
         case Refuse(reason):
             return _text(reason[: MAX_NAME_BYTES // 4])
-        case Control(body) | Reply(body):
+        case Control(body) | Reply(body) | Telemetry(body):
             return json.dumps(body, separators=(",", ":"), allow_nan=False).encode()
     return b""
 
@@ -238,8 +285,12 @@ def _parse(kind: int, packet: bytes, at: int) -> Message:
         case 6:
             return Done(*_exact(_DONE, packet, at))
         case 4:
-            grant_id, batch_size, percent, lease = _exact(_GRANT, packet, at)
-            return Grant(grant_id, batch_size, percent / 100, lease)
+            grant_id, batch_size, percent, lease, groups, standing = _exact(_GRANT, packet, at)
+            return Grant(grant_id, batch_size, percent / 100, lease, groups, bool(standing))
+        case 14:
+            return Start(*_exact(_START, packet, at))
+        case 15:
+            return Revoke(*_exact(_REVOKE, packet, at))
         case 5:
             return Shed(*_exact(_SHED, packet, at))
         case 2:
@@ -260,17 +311,19 @@ def _parse(kind: int, packet: bytes, at: int) -> Message:
             if len(packet) != end:
                 raise struct.error
             return Refuse(reason)
-        case 9 | 10:
+        case 9 | 10 | 13:
             body = json.loads(packet[at:], parse_constant=_no_constant)
             if not isinstance(body, dict):
                 raise WireError(f"message kind {kind}: a JSON object is wanted")
-            return Control(body) if kind == 9 else Reply(body)
+            return {9: Control, 10: Reply, 13: Telemetry}[kind](body)
     raise WireError(f"unknown message kind {kind}")
 
 
 def _parse_join(packet: bytes, at: int) -> Join:
     fixed = _JOIN.unpack_from(packet, at)
-    pid, gpu, percent, max_batch, batch, slo_us, running, running_until_us, reject, count = fixed
+    pid, gpu, percent, max_batch, batch, slo_us, running, running_until_us, reject, groups, count = fixed
+    if groups > MAX_SM_GROUPS:
+        raise WireError(f"join: {groups} SM groups, at most {MAX_SM_GROUPS}")
     if count > MAX_LEVELS:
         raise WireError(f"join: {count} levels, at most {MAX_LEVELS}")
     at += _JOIN.size
@@ -289,7 +342,7 @@ def _parse_join(packet: bytes, at: int) -> Join:
         raise WireError(f"join: 1 <= batch_size <= max_batch_size <= {MAX_BATCH_SIZE} is wanted")
     return Join(
         model, instance, pid, gpu, percent / 100, max_batch, batch, slo_us, bool(reject),
-        tuple(level / 100 for level in levels), running / 100, running_until_us,
+        tuple(level / 100 for level in levels), running / 100, running_until_us, groups,
     )  # fmt: skip
 
 

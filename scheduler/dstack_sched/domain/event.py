@@ -19,7 +19,9 @@ class BackendJoined:
 
     running_percent, running_until_us: a batch it runs right now without a grant (it joins again after the
     arbiter was away) and when that should end; its share counts as granted, under grant id 0, until
-    BatchFinished(grant_id=0) or, at the latest, a lease from that end. 0 and 0 when idle."""
+    BatchFinished(grant_id=0) or, at the latest, a lease from that end. 0 and 0 when idle.
+
+    sm_groups: how many groups of SMs its device is split into, which a grant can name. 0: none."""
 
     instance: str
     model: str
@@ -31,6 +33,7 @@ class BackendJoined:
     on_late: OnLate
     running_percent: float = 0.0
     running_until_us: int = 0
+    sm_groups: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +51,18 @@ class WorkQueued:
     """
 
     instance: str
+    waiting: int
+    earliest_deadline_us: int
+
+
+@dataclass(frozen=True, slots=True)
+class BatchStarted:
+    """A standing grant is in use from now on, for `rows` rows. waiting and earliest_deadline_us are the queue
+    beside them, as in WorkQueued."""
+
+    instance: str
+    grant_id: int
+    rows: int
     waiting: int
     earliest_deadline_us: int
 
@@ -106,4 +121,6 @@ class TimerFired:
     """The time asked for by the last SetTimer has come."""
 
 
-Event: TypeAlias = BackendJoined | BackendLeft | WorkQueued | BatchFinished | PlanChanged | TimerFired
+Event: TypeAlias = (
+    BackendJoined | BackendLeft | WorkQueued | BatchStarted | BatchFinished | PlanChanged | TimerFired
+)
