@@ -55,6 +55,7 @@ MESSAGES = st.one_of(
     st.builds(wire.Start, U64, U32, U32, U64),
     st.builds(wire.Revoke, U64),
     st.builds(wire.Telemetry, BODY),
+    st.builds(wire.Plan, U32, U32, st.booleans()),
     st.builds(wire.Shed, U64),
     st.builds(wire.Done, U64, U32, U32, U32, U32, U64),
     st.just(wire.Leave()),

@@ -45,6 +45,7 @@ _WELCOME = struct.Struct("<QH")
 _PING = struct.Struct("<Q")
 _START = struct.Struct("<QIIQ")
 _REVOKE = struct.Struct("<Q")
+_PLAN = struct.Struct("<II?")
 
 
 class WireError(ValueError):
@@ -152,6 +153,18 @@ class Done:
 
 
 @dataclass(frozen=True, slots=True)
+class Plan:
+    """Arbiter -> backend: what the plan says in place of the config, until the connection ends.
+
+    batch_size: planned rows of a batch. slo_us: 0 for best effort; it sets the deadlines of later requests.
+    """
+
+    batch_size: int
+    slo_us: int
+    reject_late: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Leave:
     """Backend -> arbiter: unloading; no grant is wanted any more."""
 
@@ -200,12 +213,12 @@ class Telemetry:
 
 Message: TypeAlias = (
     Join | Welcome | Work | Grant | Start | Revoke | Shed | Done | Leave | Refuse | Control | Reply | Ping
-    | Pong | Telemetry
+    | Pong | Plan | Telemetry
 )  # fmt: skip
 
 _KIND: dict[type, int] = {
     Join: 1, Welcome: 2, Work: 3, Grant: 4, Shed: 5, Done: 6, Leave: 7, Refuse: 8, Control: 9, Reply: 10,
-    Ping: 11, Pong: 12, Telemetry: 13, Start: 14, Revoke: 15,
+    Ping: 11, Pong: 12, Telemetry: 13, Start: 14, Revoke: 15, Plan: 16,
 }  # fmt: skip
 
 
@@ -233,6 +246,8 @@ def _body(message: Message) -> bytes:
             return _START.pack(grant_id, rows, waiting, deadline)
         case Revoke(grant_id):
             return _REVOKE.pack(grant_id)
+        case Plan(batch_size, slo_us, reject_late):
+            return _PLAN.pack(batch_size, slo_us, reject_late)
         case Done(grant_id, rows, late, run_us, waiting, deadline):
             return _DONE.pack(grant_id, rows, late, run_us, waiting, deadline)
         case Shed(before):
@@ -291,6 +306,8 @@ def _parse(kind: int, packet: bytes, at: int) -> Message:
             return Start(*_exact(_START, packet, at))
         case 15:
             return Revoke(*_exact(_REVOKE, packet, at))
+        case 16:
+            return Plan(*_exact(_PLAN, packet, at))
         case 5:
             return Shed(*_exact(_SHED, packet, at))
         case 2:
