@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dstack_sched.domain.change import ConfigEdit
+from dstack_sched.domain.metrics import Metric
 from dstack_sched.domain.model_config import ConfigChange, ModelConfig
 from dstack_sched.domain.profile import CorunPoint, Device, ModelProfile, ProfilePoint, ProfileSet
 
@@ -144,3 +145,27 @@ class DecisionLog(Protocol):
 
     def append(self, entry: dict[str, Any]) -> None: ...
     def last(self, count: int) -> list[dict[str, Any]]: ...
+
+
+class Metrics(Protocol):
+    """Counters, gauges and histograms of the table in domain.metrics. Thread-safe; never blocks, never fails
+    for a metric of the table with its labels.
+
+    metrics.count(FAULTS, kind="stub_death", subject="resnet50")
+    """
+
+    def count(self, metric: Metric, by: float = 1.0, **labels: str) -> None:
+        """Add to a counter; by >= 0."""
+        ...
+
+    def set(self, metric: Metric, value: float, **labels: str) -> None:
+        """Set a gauge."""
+        ...
+
+    def observe(self, metric: Metric, value: float, **labels: str) -> None:
+        """Put a value into a histogram."""
+        ...
+
+    def replace(self, metric: Metric, values: Mapping[tuple[str, ...], float]) -> None:
+        """Set every series of a gauge: label values in the table's order -> value. Those not named go."""
+        ...
