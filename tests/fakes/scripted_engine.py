@@ -23,6 +23,9 @@ class ScriptedEngine:
     def snapshot(self) -> dict[str, Any]:
         return {"policy": "scripted", "granted_percent": 0.0}
 
+    def run_times(self, model: str) -> tuple:
+        return ()
+
     def check_invariants(self) -> None:
         pass
 

@@ -41,8 +41,9 @@ Outgoing: TypeAlias = list[tuple[int, wire.Message]]
 Observer: TypeAlias = Callable[[int, Event, int, list[decisions.Decision]], None]
 
 MAX_GRANT_ROWS = 4_096  # engines keep a run time for each batch size: a join must not cost seconds
+SEEN_ROWS = 1_024  # cells of run times in one answer: it must fit into a packet
 MAX_RUNNING_US = 60_000_000  # how long a batch may claim to run on when its instance joins
-VERBS = "ping, plan, status, timeline, policy"
+VERBS = "ping, plan, status, timeline, run_times, policy"
 
 
 class ProtocolError(wire.WireError):
@@ -250,6 +251,8 @@ class ArbiterService:
                     return {"ok": True} | self.status(now_us)
                 case "timeline":
                     return {"ok": True} | self._timeline(body, now_us)
+                case "run_times":
+                    return {"ok": True} | self._run_times(body.get("model"))
                 case "policy":
                     return {"ok": True} | self._set_policy(body.get("name"), now_us, out)
         except DstackError as error:
@@ -300,6 +303,13 @@ class ArbiterService:
             **self._also_report(),
         }
         return about | arbiter_view.status(self._gpus, self._sessions.values(), self.record, now_us)
+
+    def _run_times(self, model: object) -> dict[str, Any]:
+        """Runs of one model as [GPU%, rows, runs, p50 us, p99 us], the slowdown by co-runners taken out."""
+        if not isinstance(model, str):
+            raise InputError("run_times: a model is wanted, as in {'verb': 'run_times', 'model': 'resnet50'}")
+        seen = [row for gpu in self._gpus.values() for row in gpu.engine.run_times(model)]
+        return {"runs": [[*row[:3], round(row.p50_us, 1), round(row.p99_us, 1)] for row in seen[:SEEN_ROWS]]}
 
     def _timeline(self, body: Mapping[str, Any], now_us: int) -> dict[str, Any]:
         return arbiter_view.timeline(self._gpus, self._sessions.values(), self.record, body, now_us)

@@ -21,6 +21,7 @@ from dstack_sched.domain.event import (
     TimerFired,
     WorkQueued,
 )
+from dstack_sched.engine.run_times import Seen
 from dstack_sched.engine.state import NEVER, Instance, ModelState, Run, Story
 
 LEASE_FACTOR = 4  # a lease lasts this many predicted run times ...
@@ -348,6 +349,11 @@ class EngineBase:
             if instance.waiting < 0 or (instance.share > 0) != (instance.run is not None):
                 problems.append(f"{instance.name}: waiting {instance.waiting}, share {instance.share}")
         assert not problems, f"{self.policy}: {'; '.join(problems)}; last events:\n{self._story}"
+
+    def run_times(self, model: str) -> tuple[Seen, ...]:
+        """See Engine.run_times."""
+        mine = (instance for instance in self.instances.values() if instance.model.name == model)
+        return tuple(seen for instance in mine for seen in instance.times.seen())
 
     def snapshot(self) -> dict[str, Any]:
         """See Engine.snapshot."""

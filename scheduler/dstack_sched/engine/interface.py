@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 from dstack_sched.domain.decision import Decision
 from dstack_sched.domain.event import Event
+from dstack_sched.engine.run_times import Seen
 
 
 class Engine(Protocol):
@@ -23,6 +24,10 @@ class Engine(Protocol):
     def snapshot(self) -> dict[str, Any]:
         """The state for people and tools: {"policy", "now_us", "capacity_percent", "granted_percent",
         "models": {NAME: {...}}, "instances": {NAME: {...}}}, plain JSON types only."""
+        ...
+
+    def run_times(self, model: str) -> tuple[Seen, ...]:
+        """What the runs of a model took, the slowdown by co-runners taken out; all its instances."""
         ...
 
     def check_invariants(self) -> None:

@@ -7,7 +7,9 @@ co-runners. Lists of ints, one a level, indexed by batch size: a decision costs 
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,6 +18,18 @@ from dstack_sched.domain.event import EngineModel
 LEARN_RATE = 0.1  # weight of one observation in the moving averages
 MIN_SCALE, MAX_SCALE = 0.2, 10.0
 GUESS_US = 10_000  # before anything is known, and no objective says otherwise
+SEEN_CELLS, SEEN_RUNS = 32, 64  # what is kept of what was seen: cells an instance, newest runs a cell
+
+
+class Seen(NamedTuple):
+    """Runs of one batch size at one share: `runs` so far; median and 99th percentile of the newest, in us,
+    the slowdown by co-runners taken out."""
+
+    gpu_percent: float
+    rows: int
+    runs: int
+    p50_us: float
+    p99_us: float
 
 
 class _Affine:
@@ -52,7 +66,7 @@ class RunTimes:
     `spread` is the moving average of |seen / predicted - scale|, a measure of jitter.
     """
 
-    __slots__ = ("_learned", "known", "levels", "max_batch", "scale", "spread", "us")
+    __slots__ = ("_counts", "_learned", "_runs", "known", "levels", "max_batch", "scale", "spread", "us")
 
     def __init__(self, levels: Sequence[float], max_batch: int, model: EngineModel) -> None:
         self.levels = tuple(levels)
@@ -60,6 +74,8 @@ class RunTimes:
         self.scale = 1.0
         self.spread = 0.05
         self.known = bool(model.latency_ms)
+        self._runs: dict[tuple[float, int], deque[float]] = {}
+        self._counts: dict[tuple[float, int], int] = {}
         self._learned: list[_Affine] = [_Affine() for _ in self.levels]
         self.us: list[list[int]] = _table(model, self.levels, max_batch) if self.known else []
         if not self.known:
@@ -76,6 +92,7 @@ class RunTimes:
         rows = min(rows, self.max_batch)
         if rows < 1 or run_us <= 0:
             return
+        self._note(self.levels[level], rows, run_us)
         if self.known:
             ratio = run_us / self.us[level][rows]
             self.spread += LEARN_RATE * (min(abs(ratio - self.scale), 2.0) - self.spread)
@@ -86,6 +103,31 @@ class RunTimes:
         line.add(rows, run_us)
         if line.seen <= 8 or line.seen % 16 == 0:
             self._rebuild(level)
+
+    def _note(self, percent: float, rows: int, run_us: float) -> None:
+        """Keep the run; a cell too many takes the place of the oldest."""
+        cell = (percent, rows)
+        runs = self._runs.get(cell)
+        if runs is None:
+            if len(self._runs) >= SEEN_CELLS:
+                oldest = next(iter(self._runs))
+                del self._runs[oldest], self._counts[oldest]
+            runs = self._runs[cell] = deque(maxlen=SEEN_RUNS)
+            self._counts[cell] = 0
+        runs.append(run_us)
+        self._counts[cell] += 1
+
+    def seen(self) -> tuple[Seen, ...]:
+        """What was observed, by share and batch size; for people and for whoever refits the profile."""
+        rows = []
+        for (percent, size), runs in self._runs.items():
+            p50, p99 = np.percentile(runs, (50, 99))
+            rows.append(Seen(percent, size, self._counts[percent, size], float(p50), float(p99)))
+        return tuple(rows)
+
+    def keep_seen(self, old: RunTimes) -> None:
+        """Go on from what another one (of the plan before) has seen."""
+        self._runs, self._counts = old._runs, old._counts
 
     def _rebuild(self, level: int) -> None:
         """Redraw the learned level, and those never seen from it: time grows as 1/p below, stays above."""
