@@ -19,6 +19,7 @@ import numpy as np
 
 from dstack_backend import synthetic
 from dstack_backend.tensors import TensorSpec
+from dstack_sched.adapters.triton_connection import ConnectionOptions
 from dstack_sched.domain.load import LoadTrace
 from dstack_sched.errors import InputError, MachineError
 
@@ -57,10 +58,14 @@ def find_perf_analyzer(environ: Mapping[str, str] = os.environ) -> Path:
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """How requests travel. shapes: model -> input -> dimensions without the batch. data: model -> file."""
+    """How requests travel. shapes: model -> input -> dimensions without the batch. data: model -> file.
+
+    connection: headers go over HTTP only (perf_analyzer sends none over gRPC), TLS over gRPC only.
+    """
 
     url: str
     protocol: str = "grpc"
+    connection: ConnectionOptions | None = None
     shared_memory: str = "none"
     shapes: Mapping[str, Mapping[str, Sequence[int]]] = field(default_factory=dict)
     data: Mapping[str, Path] = field(default_factory=dict)
@@ -104,6 +109,7 @@ class PerfAnalyzerLoad:
             "--max-threads", str(THREADS), "--shared-memory", options.shared_memory,
             "--request-intervals", str(files / "intervals"), "--request-count", str(requests),
             "--input-data", str(self._data[model]), "--profile-export-file", str(files / "export.json"),
+            *_connection_arguments(options),
         ]  # fmt: skip
 
     def _input_data(self, model: str) -> Path:
@@ -114,6 +120,23 @@ class PerfAnalyzerLoad:
             json.dumps({"data": [example_request(self._configs[model], self._options.shapes.get(model, {}))]})
         )
         return path
+
+
+def _connection_arguments(options: LoadOptions) -> list[str]:
+    connection = options.connection
+    if connection is None:
+        return []
+    if options.protocol == "http":
+        return [word for key, value in connection.headers.items() for word in ("-H", f"{key}:{value}")]
+    if not connection.encrypted:
+        return []
+    files = {
+        "root-certifications": connection.tls_ca,
+        "private-key": connection.tls_key,
+        "certificate-chain": connection.tls_cert,
+    }
+    named = [word for name, path in files.items() if path for word in (f"--ssl-grpc-{name}-file", str(path))]
+    return ["--ssl-grpc-use-ssl", *named]
 
 
 class PerfAnalyzerRun:

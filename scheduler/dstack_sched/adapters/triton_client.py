@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import tritonclient.grpc as triton
@@ -10,6 +12,7 @@ from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 from tritonclient.utils import InferenceServerException
 
+from dstack_sched.adapters.triton_connection import ConnectionOptions
 from dstack_sched.errors import MachineError, ServerError
 
 CALL_TIMEOUT_S = 10.0
@@ -20,27 +23,21 @@ T = TypeVar("T")
 class TritonClient:
     """One connection; safe to use from several threads. Close it, or use it as a context manager.
 
-    url: HOST:PORT of the gRPC endpoint. headers: sent with each call (an admin token, say). tls_*: PEM files;
-    any of them turns TLS on. Errors: ServerError with Triton's own words.
+    A text is the HOST:PORT of a gRPC endpoint that needs neither headers nor TLS. Errors: ServerError with
+    Triton's own words.
     """
 
-    def __init__(
-        self,
-        url: str,
-        *,
-        headers: Mapping[str, str] | None = None,
-        tls_root_certificates: str | None = None,
-        tls_private_key: str | None = None,
-        tls_certificate_chain: str | None = None,
-    ) -> None:
-        self.url = url
-        self._headers = dict(headers) if headers else None
+    def __init__(self, connection: ConnectionOptions | str) -> None:
+        options = ConnectionOptions(connection) if isinstance(connection, str) else connection
+        self.options = options
+        self.url = options.url
+        self._headers = dict(options.headers) or None
         self._client = triton.InferenceServerClient(
-            url,
-            ssl=any((tls_root_certificates, tls_private_key, tls_certificate_chain)),
-            root_certificates=tls_root_certificates,
-            private_key=tls_private_key,
-            certificate_chain=tls_certificate_chain,
+            options.url,
+            ssl=options.encrypted,
+            root_certificates=_text(options.tls_ca),
+            private_key=_text(options.tls_key),
+            certificate_chain=_text(options.tls_cert),
         )
 
     def __enter__(self) -> TritonClient:
@@ -53,11 +50,13 @@ class TritonClient:
         self._client.close()
 
     def require_ready(self) -> None:
-        """Errors: MachineError when no Triton answers there, or it is not ready."""
-        if not self.is_ready():
-            raise MachineError(
-                f"no Triton answers at {self.url} (gRPC); start one (dstackctl serve) or give --url HOST:PORT"
-            )
+        """Errors: MachineError when no Triton answers there, it refuses us, or it is not ready."""
+        try:
+            ready = self._client.is_server_ready(headers=self._headers, client_timeout=CALL_TIMEOUT_S)
+        except InferenceServerException as error:
+            raise MachineError(_why_not_ready(error, self.options)) from error
+        if not ready:
+            raise MachineError(f"Triton at {self.url} answers but is not ready; wait, or look at its log")
 
     def is_ready(self) -> bool:
         """Whether the server answers and is ready; never raises."""
@@ -113,6 +112,26 @@ class TritonClient:
             return call(*args, headers=self._headers, client_timeout=timeout_s)
         except InferenceServerException as error:
             raise ServerError(f"Triton at {self.url}: {what} failed: {one_line(error)}") from error
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)
+
+
+def _why_not_ready(error: InferenceServerException, options: ConnectionOptions) -> str:
+    """What stands in the way, with its mend."""
+    words = one_line(error)
+    if error.status() != "StatusCode.UNAVAILABLE":
+        mend = "; give it with --header KEY=VALUE" if "restricted" in words else ""
+        return f"Triton at {options.url} refuses: {words}{mend}"
+    if options.encrypted and re.search("ssl|handshake|certificate", words, re.IGNORECASE):
+        return (
+            f"no TLS with {options.url}: {words}; check --tls-ca, --tls-cert and --tls-key, or leave TLS out"
+        )
+    return (
+        f"no Triton answers at {options.url} (gRPC); start one (dstackctl serve) or give --url HOST:PORT"
+        f"{'' if options.encrypted else ' (and --tls, if it wants that)'}"
+    )
 
 
 def one_line(error: InferenceServerException) -> str:

@@ -11,12 +11,12 @@ import typer
 from dstack_sched.adapters.plan_files import read_plan
 from dstack_sched.adapters.profile_files import read_profile_file
 from dstack_sched.adapters.triton_client import TritonClient
+from dstack_sched.adapters.triton_connection import ConnectionOptions
 from dstack_sched.cli import app
 from dstack_sched.cli.common import (
-    DEFAULT_GRPC_URL,
     JsonOption,
     StateOption,
-    UrlOption,
+    connects,
     print_json,
     print_table,
     say,
@@ -35,18 +35,19 @@ from dstack_sched.errors import InfeasibleError
 
 
 @app.command()
+@connects
 def apply(
     plan: Annotated[
         Path, typer.Option("--plan", metavar="FILE", help="plan.json, as `dstackctl plan --json` prints it.")
     ],
     state: StateOption,
+    connection: ConnectionOptions,
     repo: Annotated[
         Path | None,
         typer.Option(
             "--repo", metavar="REPO", help="Model repository; default: what the local Triton serves."
         ),
     ] = None,
-    url: UrlOption = DEFAULT_GRPC_URL,
     profiles: Annotated[
         Path | None,
         typer.Option(
@@ -71,9 +72,9 @@ def apply(
         raise InfeasibleError(
             f"{plan}: the plan is not feasible ({'; '.join(wanted.binding)}); nothing was changed"
         )
-    with TritonClient(url) as server:
+    with TritonClient(connection) as server:
         server.require_ready()
-        repository = served_repository(url, repo)
+        repository = served_repository(connection.url, repo)
         present = [model for model in wanted.models if model in repository.models()]
         for model in present:
             repository.config(model)  # a config that does not parse is said with its line, before all else

@@ -11,9 +11,10 @@ import typer
 from dstack_sched.adapters.clock import SystemClock
 from dstack_sched.adapters.perf_analyzer import LoadOptions, PerfAnalyzerLoad, find_perf_analyzer
 from dstack_sched.adapters.triton_client import TritonClient
+from dstack_sched.adapters.triton_connection import ConnectionOptions
 from dstack_sched.app.bench import BenchOptions, check_served, run_bench
 from dstack_sched.cli import app
-from dstack_sched.cli.common import DEFAULT_GRPC_URL, JsonOption, UrlOption, print_json, print_table, say
+from dstack_sched.cli.common import JsonOption, connects, print_json, print_table, say
 from dstack_sched.config import read_workload
 from dstack_sched.domain.load import BenchResult
 from dstack_sched.domain.workload import Workload
@@ -21,9 +22,10 @@ from dstack_sched.errors import InputError
 
 
 @app.command()
+@connects
 def bench(
     workload: Annotated[Path, typer.Option("--workload", metavar="FILE", help="Rates and SLOs.")],
-    url: UrlOption = DEFAULT_GRPC_URL,
+    connection: ConnectionOptions,
     http_url: Annotated[
         str, typer.Option("--http-url", metavar="HOST:PORT", help="Send the load over HTTP, to here.")
     ] = "",
@@ -51,14 +53,19 @@ def bench(
     if shared_memory not in ("none", "system", "cuda"):
         raise InputError(f"--shared-memory {shared_memory}: none, system or cuda")
     options = LoadOptions(
-        url=http_url or url,
+        url=http_url or connection.url,
         protocol="http" if http_url else "grpc",
+        connection=connection,
         shared_memory=shared_memory,
         shapes=parse_shapes(shape or []),
         data=parse_data(input_data or []),
     )
     result = bench_workload(
-        read_workload(workload), url, options, BenchOptions(seconds, warmup, seed, scale), quiet=json_output
+        read_workload(workload),
+        connection,
+        options,
+        BenchOptions(seconds, warmup, seed, scale),
+        quiet=json_output,
     )
     if json_output:
         print_json(bench_document(result))
@@ -73,11 +80,16 @@ def bench(
 
 
 def bench_workload(
-    workload: Workload, grpc_url: str, load: LoadOptions, options: BenchOptions, *, quiet: bool = False
+    workload: Workload,
+    connection: ConnectionOptions | str,
+    load: LoadOptions,
+    options: BenchOptions,
+    *,
+    quiet: bool = False,
 ) -> BenchResult:
     """Wire perf_analyzer and Triton into the use case. Errors: InputError, MachineError."""
     program = find_perf_analyzer()
-    with TritonClient(grpc_url) as server:
+    with TritonClient(connection) as server:
         server.require_ready()
         check_served(workload, server)
         configs = {demand.name: server.config(demand.name) for demand in workload.models}

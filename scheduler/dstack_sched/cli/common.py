@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,6 +24,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from dstack_sched.adapters.triton_connection import ConnectionOptions, parse_headers
 from dstack_sched.errors import InputError
 
 DEFAULT_GRPC_URL = "127.0.0.1:8001"
@@ -43,10 +46,6 @@ StateOption = Annotated[
         help="Where profiles and journals are kept.",
     ),
 ]
-UrlOption = Annotated[
-    str,
-    typer.Option("--url", metavar="HOST:PORT", help="Triton's gRPC endpoint."),
-]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
 TritonServerOption = Annotated[
     Path | None,
@@ -56,6 +55,61 @@ TritonServerOption = Annotated[
         help="Triton's directory or binary; default: /opt/tritonserver, else the nvidia-pytriton wheel.",
     ),
 ]
+
+
+# The options that stand for a verb's parameter `connection`: name, type (of the url: by the verb), option.
+_CONNECTION_OPTIONS: tuple[tuple[str, Any, Any], ...] = (
+    ("url", None, typer.Option("--url", metavar="HOST:PORT", help="Triton's gRPC endpoint.")),
+    (
+        "header",
+        list[str] | None,
+        typer.Option(
+            "--header",
+            metavar="KEY=VALUE",
+            help="Sent with each call to Triton, for restricted protocols; KEY=@FILE reads the value there.",
+        ),
+    ),
+    ("tls", bool, typer.Option("--tls", help="Encrypt the connection to Triton.")),
+    ("tls_ca", Path | None, typer.Option("--tls-ca", metavar="FILE", help="PEM: who signs Triton's.")),
+    ("tls_cert", Path | None, typer.Option("--tls-cert", metavar="FILE", help="PEM: our certificate.")),
+    ("tls_key", Path | None, typer.Option("--tls-key", metavar="FILE", help="PEM: its private key.")),
+)
+
+
+def connects(verb: Callable[..., None]) -> Callable[..., None]:
+    """A verb's parameter `connection: ConnectionOptions` becomes --url, --header and --tls... on its
+    command line; of type `ConnectionOptions | None` it is None where no --url is given."""
+    signature = inspect.signature(verb, eval_str=True)
+    optional = signature.parameters["connection"].annotation != ConnectionOptions
+    url_kind: Any = str | None if optional else str
+    defaults = {"url": None if optional else DEFAULT_GRPC_URL, "tls": False}
+    own = [
+        inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=defaults.get(name),
+            annotation=Annotated[kind or url_kind, option],
+        )
+        for name, kind, option in _CONNECTION_OPTIONS
+    ]
+
+    @functools.wraps(verb)
+    def connected(**given: Any) -> None:
+        texts = {name: given.pop(name) for name, _, _ in _CONNECTION_OPTIONS}
+        headers = parse_headers(texts.pop("header") or ())
+        url = texts.pop("url")
+        if url is None and (headers or any(texts.values())):
+            raise InputError("--header and --tls... say how to reach a Triton: give its --url HOST:PORT too")
+        verb(connection=None if url is None else ConnectionOptions(url, headers, **texts), **given)
+
+    parameters: list[inspect.Parameter] = []
+    for parameter in signature.parameters.values():
+        parameters += (
+            own if parameter.name == "connection" else [parameter.replace(kind=parameter.KEYWORD_ONLY)]
+        )
+    connected.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    connected.__annotations__ = {each.name: each.annotation for each in parameters}
+    return connected
 
 
 def state_dir(path: Path) -> Path:

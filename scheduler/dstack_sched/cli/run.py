@@ -15,6 +15,7 @@ from dstack_sched.adapters.model_files import find_models
 from dstack_sched.adapters.plan_files import plan_json
 from dstack_sched.adapters.profile_store import FileProfileStore
 from dstack_sched.adapters.triton_client import TritonClient
+from dstack_sched.adapters.triton_connection import ConnectionOptions
 from dstack_sched.app.control_loop import ControlLoop, Round
 from dstack_sched.app.planning import PlanOptions, make_plan
 from dstack_sched.app.profiling import ProfilingOptions
@@ -22,10 +23,9 @@ from dstack_sched.app.replan import ReplanSettings
 from dstack_sched.cli import app
 from dstack_sched.cli.apply import show as show_report
 from dstack_sched.cli.common import (
-    DEFAULT_GRPC_URL,
     JsonOption,
     StateOption,
-    UrlOption,
+    connects,
     print_json,
     say,
     state_dir,
@@ -72,16 +72,17 @@ class LiveSteps:
 
 
 @app.command()
+@connects
 def run(
     workload: Annotated[Path, typer.Option("--workload", metavar="FILE", help="SLOs and expected rates.")],
     state: StateOption,
+    connection: ConnectionOptions,
     repository: Annotated[
         Path | None,
         typer.Argument(
             metavar="[REPOSITORY]", help="Model repository; default: what the local Triton serves."
         ),
     ] = None,
-    url: UrlOption = DEFAULT_GRPC_URL,
     socket: Annotated[
         Path | None, typer.Option("--socket", metavar="PATH", help="The arbiter's socket.")
     ] = None,
@@ -111,9 +112,9 @@ def run(
         )
     state_dir(state)
     wanted = read_workload(workload)
-    with TritonClient(url) as server:
+    with TritonClient(connection) as server:
         server.require_ready()
-        deployment = Deployment(served_repository(url, repository), server, state, socket)
+        deployment = Deployment(served_repository(connection.url, repository), server, state, socket)
         check_models(wanted, deployment, workload)
         if not dry_run:
             deployment.recover()

@@ -16,14 +16,14 @@ from dstack_sched.adapters.arbiter_client import SocketArbiterClient
 from dstack_sched.adapters.clock import SystemClock
 from dstack_sched.adapters.decision_log import FileDecisionLog
 from dstack_sched.adapters.triton_client import TritonClient
+from dstack_sched.adapters.triton_connection import ConnectionOptions
 from dstack_sched.app.status import StatusReader
 from dstack_sched.cli import app
 from dstack_sched.cli.common import (
-    DEFAULT_GRPC_URL,
     JsonOption,
     StateOption,
-    UrlOption,
     cell,
+    connects,
     console,
     make_table,
     print_json,
@@ -36,9 +36,10 @@ DECISIONS_SHOWN = 10
 
 
 @app.command()
+@connects
 def status(
     state: StateOption,
-    url: UrlOption = DEFAULT_GRPC_URL,
+    connection: ConnectionOptions,
     socket: Annotated[
         Path | None, typer.Option("--socket", metavar="PATH", help="The arbiter's socket.")
     ] = None,
@@ -62,7 +63,7 @@ def status(
             say(f"{path}: {what}")
         return
     log = FileDecisionLog(state)
-    with TritonClient(url) as server:
+    with TritonClient(connection) as server:
         server.require_ready()
         reader = StatusReader(server, SocketArbiterClient(socket or socket_path()), SystemClock())
         reader.read()
