@@ -16,7 +16,8 @@ from dstack_backend.endpoint import SOCKET_VARIABLE
 from dstack_backend.executor import Executor
 from dstack_backend.gate import ArbiterGate
 from dstack_backend.instance import join_message, warm_up
-from dstack_backend.runtime import Session, load_session
+from dstack_backend.runtime import load_session
+from dstack_backend.session import Session
 from dstack_backend.settings import Settings
 from dstack_backend.staging import Staging
 from dstack_sched.adapters.triton_client import TritonClient

@@ -39,6 +39,11 @@ class RunError(RequestError):
     code = "INTERNAL"
 
 
+class DeviceLostError(RunError):
+    """The CUDA context is broken (a fault of a kernel, the MPS daemon is gone): every later call in this
+    process fails too. Answer, then end the process; a new one starts afresh."""
+
+
 def one_line(error: BaseException | str) -> str:
     """The text of an error on one line, without ONNX Runtime's prefix of code and level."""
     text = " ".join(str(error).split())

@@ -17,7 +17,8 @@ from dstack_backend.errors import BackendError, ModelError
 from dstack_backend.executor import Executor
 from dstack_backend.gate import ArbiterGate
 from dstack_backend.interfaces import Request
-from dstack_backend.runtime import PROVIDERS, CpuSession, Session, load_session
+from dstack_backend.runtime import PROVIDERS, CpuSession, load_session
+from dstack_backend.session import Session
 from dstack_backend.settings import Settings, parameter_texts, parse_settings
 from dstack_backend.settings import model_path as path_of_model
 from dstack_backend.signature import Completion, check_config, complete, is_complete, run_scalars, sample

@@ -10,42 +10,21 @@ What the provider cannot do is an error; there is no silent fallback from CUDA t
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from types import MappingProxyType
+from typing import Any
 
+import numpy as np
 import onnxruntime as ort
 
 from dstack_backend.errors import DeviceError, ModelError, RunError, one_line
+from dstack_backend.session import Session, Staged, TwoPhases
 from dstack_backend.staging import aligned
-from dstack_backend.tensors import Array, TensorSpec, check_served
+from dstack_backend.tensors import Array, DeviceArray, Feed, TensorSpec, check_served
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-
-
-class Session(Protocol):
-    """A loaded model. `run` may be called from any thread, one call at a time."""
-
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
-
-    def run(self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None) -> list[Array]:
-        """Outputs by name, in the order asked for (all, in graph order, for None). Raises RunError."""
-        ...
-
-    def warm_up(self, batch_sizes: Sequence[int]) -> None:
-        """Prepare the device for these batch sizes, in the thread that will run them."""
-        ...
-
-    def forget(self) -> None:
-        """Give back what warming up and runs keep by batch size; it is made again when needed."""
-        ...
-
-    def allocate(self, shape: tuple[int, ...], dtype: Any) -> Array:
-        """Memory to gather inputs in that run() takes fastest. Good until close()."""
-        ...
-
-    def close(self) -> None: ...
 
 
 def cpu_cores() -> int:
@@ -76,7 +55,8 @@ def load_session(
         from dstack_backend.runtime_cuda import CudaOptions, load_cuda_session
 
         return load_cuda_session(Path(model_path), gpu_percent, device_id, CudaOptions(**options))
-    return CpuSession(Path(model_path), threads_for(gpu_percent, cpu_cores()))
+    threads = threads_for(gpu_percent, cpu_cores())
+    return CpuSession(Path(model_path), threads, gpu_percent=gpu_percent)
 
 
 def check_provider(provider: str) -> None:
@@ -88,30 +68,75 @@ def check_provider(provider: str) -> None:
         )
 
 
-class CpuSession:
+class CpuBatch:
+    """Staged and Running of the CPU provider: host arrays in, host arrays out. It runs in launch()."""
+
+    def __init__(self, feeds: Mapping[str, Array], rows: int, gpu_percent: float):
+        self.feeds, self.rows = feeds, rows
+        self.gpu_percent, self.sm_groups = gpu_percent, 0
+        self.times_us: Mapping[str, int] = MappingProxyType({})
+        self.arrays: list[Array] = []
+
+    def run(self, session: ort.InferenceSession, names: Sequence[str]) -> None:
+        started_ns = time.perf_counter_ns()
+        self.arrays = list(session.run(list(names), self.feeds))
+        run_us = (time.perf_counter_ns() - started_ns) // 1000
+        self.times_us = {"copy_in": 0, "run": run_us, "copy_out": 0}
+
+    def wait(self) -> None:
+        """It has run."""
+
+    def outputs(self) -> list[Array]:
+        return self.arrays
+
+    def device_outputs(self) -> list[DeviceArray]:
+        return []
+
+    def close(self) -> None:
+        """Its arrays are Python's to free."""
+
+
+class CpuSession(TwoPhases):
     """ONNX Runtime's CPU provider with a bounded number of threads.
 
     Idle threads do not spin: other models share these cores. optimize False: for a look at the graph only.
     """
 
-    def __init__(self, model_path: Path, threads: int, *, optimize: bool = True):
+    def __init__(self, model_path: Path, threads: int, *, gpu_percent: float = 100.0, optimize: bool = True):
         options = session_options()
         if not optimize:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         self.threads = threads
+        self.levels: tuple[float, ...] = ()
+        self.groups = self.graphs = self.device_bytes = 0
+        self._gpu_percent = gpu_percent
         self._session: ort.InferenceSession | None = open_onnx(model_path, ["CPUExecutionProvider"], options)
         self.inputs, self.outputs = specs_of(self._session, model_path)
         self._names = [spec.name for spec in self.outputs]
 
-    def run(self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None) -> list[Array]:
+    def stage(self, feeds: Mapping[str, Feed]) -> CpuBatch:
+        arrays = {name: on_host(name, feed) for name, feed in feeds.items()}
+        return CpuBatch(arrays, rows_of(arrays), self._gpu_percent)
+
+    def launch(
+        self,
+        staged: Staged,
+        outputs: Sequence[str] | None = None,
+        *,
+        device_outputs: Sequence[str] = (),
+        gpu_percent: float | None = None,
+        sm_groups: int = 0,
+    ) -> CpuBatch:
+        assert isinstance(staged, CpuBatch) and not device_outputs
         if self._session is None:
             raise RunError("the session is closed")
         try:
-            return list(self._session.run(list(outputs or self._names), feeds))
+            staged.run(self._session, outputs or self._names)
         except Exception as error:
             raise RunError(one_line(error)) from error
+        return staged
 
     def warm_up(self, batch_sizes: Sequence[int]) -> None:
         """Nothing to prepare: the CPU provider plans for any shape."""
@@ -124,6 +149,21 @@ class CpuSession:
 
     def close(self) -> None:
         self._session = None
+
+
+def on_host(name: str, feed: Feed) -> Array:
+    """A feed as one host array. Raises RunError for device memory, which the CPU cannot read."""
+    parts = [feed] if isinstance(feed, np.ndarray | DeviceArray) else list(feed)
+    arrays = [part for part in parts if isinstance(part, np.ndarray)]
+    if len(arrays) < len(parts):
+        raise RunError(f"input {name!r} lies on a GPU, and the model runs on the CPU")
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+
+
+def rows_of(feeds: Mapping[str, Array]) -> int:
+    """The first dimension of the first input, 0 where there is none."""
+    first = next(iter(feeds.values()), None)
+    return first.shape[0] if first is not None and first.ndim else 0
 
 
 def session_options() -> ort.SessionOptions:

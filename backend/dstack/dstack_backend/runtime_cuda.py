@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,9 +27,10 @@ import onnxruntime as ort
 
 from dstack_backend.cuda_driver import Driver, driver
 from dstack_backend.errors import DeviceError, ModelError, RunError, one_line
-from dstack_backend.runtime import open_onnx, session_options, specs_of
+from dstack_backend.runtime import CpuBatch, on_host, open_onnx, rows_of, session_options, specs_of
+from dstack_backend.session import Staged, TwoPhases
 from dstack_backend.staging import aligned
-from dstack_backend.tensors import TensorSpec
+from dstack_backend.tensors import Feed, TensorSpec
 
 log = logging.getLogger("dstack")
 
@@ -73,7 +75,7 @@ def load_cuda_session(
     Raises ModelError, DeviceError.
     """
     limit_process(gpu_percent)
-    return CudaSession(model_path, device_id, options)
+    return CudaSession(model_path, gpu_percent, device_id, options)
 
 
 def limit_process(gpu_percent: float) -> None:
@@ -86,10 +88,13 @@ def limit_process(gpu_percent: float) -> None:
         )
 
 
-class CudaSession:
+class CudaSession(TwoPhases):
     """A model on one CUDA device, with a stream of its own. One call at a time."""
 
-    def __init__(self, model_path: Path, device_id: int, options: CudaOptions):
+    def __init__(self, model_path: Path, gpu_percent: float, device_id: int, options: CudaOptions):
+        self.levels: tuple[float, ...] = ()
+        self.groups = self.device_bytes = 0
+        self._gpu_percent = gpu_percent
         self._driver = driver(device_id)
         self._device_id = device_id
         self._path, self._options = model_path, options
@@ -104,7 +109,11 @@ class CudaSession:
             raise
         self._names = [spec.name for spec in self.outputs]
         self._bound = all(_batch_only(spec) for spec in (*self.inputs, *self.outputs))
-        self.graphs = options.cuda_graphs and self._bound
+        self._graphs = options.cuda_graphs and self._bound
+
+    @property
+    def graphs(self) -> int:
+        return len(self._buckets) if self._graphs else 0
 
     def _open(self, *, graphs: bool) -> Any:
         provider: dict[str, Any] = {
@@ -141,18 +150,34 @@ class CudaSession:
         self.pinned[array.ctypes.data] = array
         return array
 
-    def run(self, feeds: Mapping[str, np.ndarray], outputs: Sequence[str] | None = None) -> list[np.ndarray]:
-        """As Session.run. Inputs must share their first dimension where the model has a batch dimension."""
+    def stage(self, feeds: Mapping[str, Feed]) -> CpuBatch:
+        """As Session.stage."""
+        arrays = {name: on_host(name, feed) for name, feed in feeds.items()}
+        return CpuBatch(arrays, rows_of(arrays), self._gpu_percent)
+
+    def launch(
+        self,
+        staged: Staged,
+        outputs: Sequence[str] | None = None,
+        *,
+        device_outputs: Sequence[str] = (),
+        gpu_percent: float | None = None,
+        sm_groups: int = 0,
+    ) -> CpuBatch:
+        """As Session.launch."""
+        assert isinstance(staged, CpuBatch) and not device_outputs
         names = list(outputs or self._names)
+        feeds, rows = staged.feeds, staged.rows
         try:
-            rows = (
-                next(iter(feeds.values())).shape[0] if self._bound and len(feeds) == len(self.inputs) else 0
+            bound = rows and self._bound and len(feeds) == len(self.inputs)
+            bucket = self._bucket(bucket_of(rows)) if bound else None
+            started_ns = time.perf_counter_ns()
+            staged.arrays = (
+                bucket.run(feeds, names, rows) if bucket else self._session.run(names, dict(feeds))
             )
-            bucket = self._bucket(bucket_of(rows)) if rows else None
-            if bucket is not None:
-                return bucket.run(feeds, names, rows)
-            answer: list[np.ndarray] = self._session.run(names, dict(feeds))
-            return answer
+            run_us = (time.perf_counter_ns() - started_ns) // 1000
+            staged.times_us = {"copy_in": 0, "run": run_us, "copy_out": 0}
+            return staged
         except Exception as error:
             raise RunError(one_line(error)) from error
 
@@ -163,7 +188,7 @@ class CudaSession:
             return bucket
         plain = Bucket(self._session, self._driver, self._stream, self._device_id, self, size)
         self._bound = plain.agrees()
-        graph = self._with_graph(plain) if self._bound and self.graphs else None
+        graph = self._with_graph(plain) if self._bound and self._graphs else None
         if graph is not None:
             plain.close()
         elif self._bound:
@@ -187,7 +212,7 @@ class CudaSession:
         except Exception as error:  # whatever ONNX Runtime cannot capture, a plain run can still do
             reason = one_line(error)
         log.warning("%s: no CUDA graph at batch size %d: %s", self._path, plain.size, reason)
-        self.graphs = False
+        self._graphs = False
         if graph is not None:
             graph.close()
         return None

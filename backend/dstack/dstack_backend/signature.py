@@ -10,7 +10,7 @@ import numpy as np
 
 from dstack_backend.errors import BackendError, ModelError
 from dstack_backend.interfaces import Run
-from dstack_backend.runtime import Session
+from dstack_backend.session import Session
 from dstack_backend.tensors import Array, TensorSpec
 
 DEFAULT_MAX_BATCH_SIZE = 64

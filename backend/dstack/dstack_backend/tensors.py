@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -63,6 +64,44 @@ class TensorSpec:
     @property
     def triton_dtype(self) -> str:
         return _TYPES[self.dtype][0]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DeviceArray:
+    """A dense row-major array in CUDA memory. `pointer` is good while `owner` lives.
+
+    Knows of NumPy's interface what batching needs: shape, dtype, ndim, nbytes, len() and slices of rows.
+    """
+
+    pointer: int
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    device_id: int
+    owner: object = None
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice) -> DeviceArray:
+        """Rows [start, stop) as a view; another step than 1 is an error (ValueError)."""
+        start, stop, step = rows.indices(self.shape[0])
+        if step != 1:
+            raise ValueError("rows of a DeviceArray are taken one behind the other")
+        row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
+        shape = (max(0, stop - start), *self.shape[1:])
+        return DeviceArray(self.pointer + start * row_bytes, shape, self.dtype, self.device_id, self.owner)
+
+
+# What can be fed as one input: an array, or several whose rows follow one another in the batch.
+Feed: TypeAlias = "Array | DeviceArray | Sequence[Array | DeviceArray]"
 
 
 def check_served(spec: TensorSpec, what: str, file: object) -> None:
