@@ -3,7 +3,7 @@
     python perf/export_models.py run/models [--models resnet50,bert_base] [--workers 8]
 
 Needs torch with torchvision and transformers (the GPU host has them; nothing is downloaded). Each model
-becomes DIR/NAME.onnx with a free batch dimension, is compared with torch on a small batch through ONNX
+becomes DIR/NAME.onnx with a free batch dimension and tensor names that start with NAME, is compared with torch on a small batch through ONNX
 Runtime's CPU provider where that is at hand, and is kept if the file is there already. One process a model.
 The command prints one line a model and exits with 1 when one failed; the others are there all the same.
 """
@@ -98,9 +98,11 @@ def export(name: str, path: Path) -> dict[str, Any]:
 
     torch.manual_seed(SEED)
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // 4))
-    model, inputs, input_names = MODELS[name]()
+    model, inputs, tensors = MODELS[name]()
     model.eval()
-    output_names = ["output"]
+    # Names of each model's own: several perf_analyzers with shared memory name their regions by tensor.
+    input_names = [f"{name}_{tensor}" for tensor in tensors]
+    output_names = [f"{name}_output"]
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     with warnings.catch_warnings(), torch.no_grad():
