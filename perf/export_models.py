@@ -3,8 +3,9 @@
     python perf/export_models.py run/models [--models resnet50,bert_base] [--workers 8]
 
 Needs torch with torchvision and transformers (the GPU host has them; nothing is downloaded). Each model
-becomes DIR/NAME.onnx with a free batch dimension and tensor names that start with NAME, is compared with torch on a small batch through ONNX
-Runtime's CPU provider where that is at hand, and is kept if the file is there already. One process a model.
+becomes DIR/NAME.onnx with a free batch dimension and tensor names that start with NAME. It is compared with
+torch on a small batch through ONNX Runtime's CPU provider where that is at hand, and kept if the file is
+there already. One process a model.
 The command prints one line a model and exits with 1 when one failed; the others are there all the same.
 """
 
