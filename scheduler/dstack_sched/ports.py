@@ -169,3 +169,11 @@ class Metrics(Protocol):
     def replace(self, metric: Metric, values: Mapping[tuple[str, ...], float]) -> None:
         """Set every series of a gauge: label values in the table's order -> value. Those not named go."""
         ...
+
+
+class StatusBoard(Protocol):
+    """Where the controller says what it sees, for `dstackctl status`. Never fails."""
+
+    def write(self, document: Mapping[str, Any]) -> None:
+        """Replace what it said before. Plain JSON types."""
+        ...

@@ -15,7 +15,7 @@ BASE_UNITS = {"seconds": "seconds", "bytes": "bytes", "ratio": "ratio", "rows": 
 @pytest.mark.parametrize("metric", table.ALL, ids=lambda metric: metric.name)
 def test_names_follow_prometheus(metric: Metric) -> None:
     """A counter without _total, or milliseconds, would break every dashboard's arithmetic."""
-    assert re.fullmatch(r"dstack_(controller|arbiter)_[a-z][a-z_]*[a-z]", metric.name)
+    assert re.fullmatch(r"dstack_[a-z][a-z_]*[a-z]", metric.name)
     stem = metric.name.removesuffix("_total")
     assert (stem != metric.name) == (metric.kind is Kind.COUNTER)
     assert not re.search(r"_(ms|us|ns|milliseconds|percent|mb|kb)(_|$)", stem)

@@ -1,10 +1,19 @@
-"""What the controller counts about itself goes through ports.Metrics; here is the one that keeps nothing."""
+"""What the controller tells of itself: metrics for Prometheus, and a board that `dstackctl status` reads.
+
+The loop calls these as it goes; nothing here decides anything, and nothing here fails.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
 
+from dstack_sched.domain import metrics as table
+from dstack_sched.domain.change import ApplyReport
 from dstack_sched.domain.metrics import Metric
+from dstack_sched.domain.plan import Plan
+from dstack_sched.ports import Clock, Metrics, StatusBoard
 
 
 class NoMetrics:
@@ -14,3 +23,208 @@ class NoMetrics:
     def set(self, metric: Metric, value: float, **labels: str) -> None: ...
     def observe(self, metric: Metric, value: float, **labels: str) -> None: ...
     def replace(self, metric: Metric, values: Mapping[tuple[str, ...], float]) -> None: ...
+
+
+class NoBoard:
+    """ports.StatusBoard that keeps nothing."""
+
+    def write(self, document: Mapping[str, Any]) -> None: ...
+
+
+class Fault(Protocol):
+    """What is wrong with what: kind from a small set, subject a model, GPU or service, detail one line."""
+
+    @property
+    def kind(self) -> str: ...
+    @property
+    def subject(self) -> str: ...
+    @property
+    def detail(self) -> str: ...
+
+
+@dataclass(frozen=True, slots=True)
+class ModelLook:
+    """One model as the loop sees it at a look; None: not known (yet). Rates in rows a second.
+
+    attainment: share of rows within their SLO over the last window. drift: measured run time over what the
+    profile says for the same batches. run times: of a planned batch on the device, co-runners included.
+    """
+
+    measured_per_s: float | None = None
+    forecast_per_s: float | None = None
+    planned_per_s: float | None = None
+    attainment: float | None = None
+    drift: float | None = None
+    predicted_run_ms: float | None = None
+    measured_run_ms: float | None = None
+
+
+class HealthTelemetry:
+    """Counts faults as they come and go. Used by the controller and by `serve`."""
+
+    def __init__(self, metrics: Metrics, clock: Clock) -> None:
+        self._metrics = metrics
+        self._clock = clock
+        self._present: dict[tuple[str, str], tuple[int, float, str]] = {}
+
+    def note(self, faults: Iterable[Fault]) -> None:
+        """All faults that are there now. New ones are counted, those that went are booked as recovered."""
+        now_us = self._clock.now_us()
+        seen = {(fault.kind, fault.subject): fault.detail for fault in faults}
+        for key in self._present.keys() - seen.keys():
+            since_us, _, _ = self._present.pop(key)
+            self._metrics.observe(table.RECOVERIES, (now_us - since_us) / 1e6, kind=key[0])
+        for key, detail in seen.items():
+            since_us, since_s, _ = self._present.get(key, (now_us, self._clock.wall_time_s(), ""))
+            if key not in self._present:
+                self._metrics.count(table.FAULTS, kind=key[0], subject=key[1])
+            self._present[key] = (since_us, since_s, detail)
+        self._metrics.replace(table.FAULTS_PRESENT, dict.fromkeys(self._present, 1.0))
+
+    def passed(self, kind: str, subject: str, took_s: float) -> None:
+        """A fault that was healed in the same breath as it was found."""
+        self._metrics.count(table.FAULTS, kind=kind, subject=subject)
+        self._metrics.observe(table.RECOVERIES, took_s, kind=kind)
+
+    def restarted(self, service: str) -> None:
+        """A service was started again."""
+        self._metrics.count(table.SERVICE_RESTARTS, service=service)
+
+    def document(self) -> list[dict[str, Any]]:
+        """The faults that are there now, as plain JSON types; since_s is Unix time."""
+        return [
+            {"kind": kind, "subject": subject, "since_s": round(since_s, 3), "detail": detail}
+            for (kind, subject), (_, since_s, detail) in self._present.items()
+        ]
+
+
+class ControllerTelemetry:
+    """The controller's metrics and board. about: what the board says of this controller (url, repository,
+    dry_run, interval_s, ...), plain JSON types."""
+
+    def __init__(
+        self,
+        metrics: Metrics,
+        board: StatusBoard,
+        clock: Clock,
+        about: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._metrics = metrics
+        self._board = board
+        self._clock = clock
+        self._about = dict(about or {})
+        self._started_s = clock.wall_time_s()
+        self._plan: dict[str, Any] | None = None
+        self._last: dict[str, Any] | None = None
+        self._looks: Mapping[str, ModelLook] = {}
+        self._parts: dict[str, bool] = {}
+        self.health = HealthTelemetry(metrics, clock)
+        metrics.set(table.CONTROLLER_STARTED, self._started_s)
+
+    def planned(self, plan: Plan, took_s: float) -> None:
+        """A plan was made, whether it will be put in force or not."""
+        self._metrics.observe(table.PLAN_TIME, took_s)
+        self._metrics.set(table.FEASIBLE, float(plan.feasible))
+        self._metrics.set(table.HEADROOM, plan.headroom)
+
+    def decided(self, outcome: str, cause: str, reason: str) -> None:
+        """A round ended. outcome: applied, kept, advised, failed. cause: one of a few words (start, rate,
+        drift, fault, ...), a label; reason: the line for people."""
+        self._metrics.count(table.ROUNDS, outcome=outcome, reason=cause)
+        at_s = round(self._clock.wall_time_s(), 3)
+        self._last = {"time_s": at_s, "what": outcome, "cause": cause, "reason": reason}
+
+    def applied(self, report: ApplyReport, took_s: float) -> None:
+        """Configs were rewritten and models loaded."""
+        self._metrics.observe(table.APPLY_TIME, took_s)
+        for outcome in report.outcomes:
+            if outcome.action != "unchanged":
+                self._metrics.count(table.RELOADS, model=outcome.model)
+
+    def changed(self, kind: str, count: int = 1) -> None:
+        """Changes of one kind were put in force: message, level, instance_group, reload."""
+        self._metrics.count(table.CHANGES, count, kind=kind)
+
+    def load_failed(self, model: str, *, rolled_back: bool) -> None:
+        """Triton did not load a model; whether the plan was undone for it."""
+        self._metrics.count(table.FAILED_LOADS, model=model)
+        if rolled_back:
+            self._metrics.count(table.ROLLBACKS)
+
+    def in_force(self, plan: Plan) -> None:
+        """This plan is what the configs and the arbiter state now."""
+        rows = plan.models
+        shares: dict[tuple[str, ...], float] = {
+            (name, str(replica.gpu)): replica.gpu_percent / 100
+            for name, row in rows.items()
+            for replica in row.replicas
+        } | {(name, str(row.gpu)): row.gpu_percent / 100 for name, row in rows.items()}
+        replace = self._metrics.replace
+        replace(table.PLANNED_SHARE, shares)
+        replace(table.PLANNED_BATCH, {(name,): float(row.batch_size) for name, row in rows.items()})
+        replace(table.SLO, {(name,): row.slo_ms / 1e3 for name, row in rows.items() if row.slo_ms})
+        self._plan = {
+            "capacity_percent": plan.capacity_percent,
+            "feasible": plan.feasible,
+            "headroom": plan.headroom,
+            "models": {
+                name: {
+                    "gpu_percent": row.gpu_percent,
+                    "batch_size": row.batch_size,
+                    "latency_ms": row.latency_ms,
+                    "slo_ms": row.slo_ms,
+                    "rate_per_s": row.rate_per_s,
+                    "utilization": row.utilization,
+                }
+                for name, row in rows.items()
+            },
+        }
+
+    def part(self, name: str, *, up: bool) -> None:
+        """Whether server, arbiter or mps answers."""
+        self._parts[name] = up
+        self._metrics.set(table.CONTROLLER_UP, float(up), part=name)
+
+    def looked(self, models: Mapping[str, ModelLook]) -> None:
+        """One look at all models; writes the board."""
+        self._looks = models
+        known = models.items()
+        rates: dict[tuple[str, ...], float] = {
+            (name, kind): rate
+            for name, look in known
+            for kind, rate in (
+                ("measured", look.measured_per_s),
+                ("forecast", look.forecast_per_s),
+                ("planned", look.planned_per_s),
+            )
+            if rate is not None
+        }
+        replace = self._metrics.replace
+        replace(table.ARRIVALS, rates)
+        replace(table.ATTAINMENT, _known((name, look.attainment) for name, look in known))
+        replace(table.DRIFT, _known((name, look.drift) for name, look in known))
+        predicted = _known((name, look.predicted_run_ms) for name, look in known)
+        measured = _known((name, look.measured_run_ms) for name, look in known)
+        replace(table.PREDICTED_LATENCY, {name: value / 1e3 for name, value in predicted.items()})
+        replace(table.MEASURED_LATENCY, {name: value / 1e3 for name, value in measured.items()})
+        self.publish()
+
+    def publish(self) -> None:
+        """Bring the board up to date."""
+        self._board.write(
+            {
+                "version": 1,
+                **self._about,
+                "started_s": round(self._started_s, 3),
+                "updated_s": round(self._clock.wall_time_s(), 3),
+                "parts": dict(self._parts),
+                "plan": self._plan,
+                "last_round": self._last,
+                "models": {name: asdict(look) for name, look in self._looks.items()},
+                "faults": self.health.document(),
+            }
+        )
+
+
+def _known(values: Iterable[tuple[str, float | None]]) -> dict[tuple[str, ...], float]:
+    return {(name,): value for name, value in values if value is not None}

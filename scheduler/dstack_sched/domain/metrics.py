@@ -1,9 +1,9 @@
 """Every metric of the controller and the arbiter: name, kind, unit, labels, help. One table, `ALL`.
 
-Names follow Prometheus: base units (seconds, bytes; ratios where 1 is the whole), `_total` for counters. A share
-of a GPU is a ratio: 0.4 is 40 GPU%. Share-seconds are shares times the time they were held: their rate over
-the capacity is the utilization. Rows are batch items: a request of batch 4 is 4 rows. The backend's own metrics
-stand in dstack_backend.metrics; scheduler/METRICS.md lists both and is held to them by a test.
+Names follow Prometheus: base units (seconds, bytes; ratios where 1 is the whole), `_total` for counters. A
+share of a GPU is a ratio: 0.4 is 40 GPU%. Share-seconds are shares times the time they were held: their rate
+over the capacity is the utilization. Rows are batch items: a request of batch 4 is 4 rows. The backend's own
+metrics stand in dstack_backend.metrics; scheduler/METRICS.md lists both and is held to them by a test.
 """
 
 from __future__ import annotations
@@ -74,6 +74,23 @@ DECISION_BOUNDS_S = (
     5e-6, 1e-5, 1.5e-5, 2e-5, 3e-5, 4e-5, 5e-5, 7.5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 5e-3,
 )  # fmt: skip
 
+# -- faults, told by whoever watches: `dstackctl run` and `dstackctl serve` ---------------------------------
+
+FAULTS = _counter("dstack_faults_total", "Faults seen, by kind and by what they befell", "kind", "subject")
+FAULTS_PRESENT = _gauge(
+    "dstack_faults_present", "1 for each fault that is there now and not healed yet", "kind", "subject"
+)
+RECOVERIES = _histogram(
+    "dstack_recovery_duration_seconds",
+    "From a fault's first sight to its end",
+    "kind",
+    bounds=RECOVERY_BOUNDS_S,
+)
+SERVICE_RESTARTS = _counter(
+    "dstack_service_restarts_total", "Services that were started again, by name", "service"
+)
+HEALTH = (FAULTS, FAULTS_PRESENT, RECOVERIES, SERVICE_RESTARTS)
+
 # -- the controller (`dstackctl run --metrics-port`) --------------------------------------------------------
 
 CONTROLLER_STARTED = _gauge(
@@ -98,18 +115,6 @@ ROLLBACKS = _counter("dstack_controller_rollbacks_total", "Plans undone because 
 PLAN_TIME = _histogram("dstack_controller_plan_duration_seconds", "Time to make a plan", bounds=PLAN_BOUNDS_S)
 APPLY_TIME = _histogram(
     "dstack_controller_apply_duration_seconds", "Time to put a plan in force", bounds=RECOVERY_BOUNDS_S
-)
-FAULTS = _counter(
-    "dstack_controller_faults_total", "Faults seen by kind and by what they befell", "kind", "subject"
-)
-FAULTS_PRESENT = _gauge(
-    "dstack_controller_faults_present", "Faults that are there now and not healed yet", "kind", "subject"
-)
-RECOVERIES = _histogram(
-    "dstack_controller_recovery_duration_seconds",
-    "From a fault's start to its end",
-    "kind",
-    bounds=RECOVERY_BOUNDS_S,
 )
 ARRIVALS = _gauge(
     "dstack_controller_arrivals_rows_per_second",
@@ -155,7 +160,7 @@ GPU_MEMORY_TOTAL = _gauge(
 
 CONTROLLER = (
     CONTROLLER_STARTED, CONTROLLER_UP, ROUNDS, CHANGES, RELOADS, FAILED_LOADS, ROLLBACKS, PLAN_TIME,
-    APPLY_TIME, FAULTS, FAULTS_PRESENT, RECOVERIES, ARRIVALS, PLANNED_SHARE, PLANNED_BATCH,
+    APPLY_TIME, ARRIVALS, PLANNED_SHARE, PLANNED_BATCH,
     PREDICTED_LATENCY, MEASURED_LATENCY, DRIFT, SLO, ATTAINMENT, HEADROOM, FEASIBLE, GPU_HEALTHY,
     GPU_MEMORY_USED, GPU_MEMORY_TOTAL,
 )  # fmt: skip
@@ -227,4 +232,4 @@ ARBITER = (
     WAITING_ROWS, GRANT_SHARE, GRANT_BATCH, SCORE, GPU_CAPACITY, GPU_GRANTED, GPU_SHARE_TIME,
 )  # fmt: skip
 
-ALL = CONTROLLER + ARBITER
+ALL = CONTROLLER + HEALTH + ARBITER
