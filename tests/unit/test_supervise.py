@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from dstack_sched.app.supervise import HEALTHY_AFTER_S, LAST_BACKOFF_S, Supervisor
+from dstack_sched.app.supervise import A_FEW_TIMES, ALWAYS, NEVER, Supervisor
 from dstack_sched.errors import MachineError
 from fakes.serving import FakeClock
 
@@ -34,7 +34,13 @@ class Service:
 def make() -> tuple[Supervisor, Service, Service, FakeClock, list[str]]:
     story: list[str] = []
     arbiter, triton, clock = Service("arbiter", story), Service("triton", story), FakeClock()
-    return Supervisor([(arbiter, True), (triton, False)], clock, story.append), arbiter, triton, clock, story
+    return (
+        Supervisor([(arbiter, ALWAYS), (triton, NEVER)], clock, story.append),
+        arbiter,
+        triton,
+        clock,
+        story,
+    )
 
 
 def test_started_in_order_stopped_in_reverse() -> None:
@@ -85,17 +91,36 @@ def test_restarts_back_off_and_calm_down_again() -> None:
         clock.sleep_s(0.1)
     gaps = [later - earlier for earlier, later in itertools.pairwise(tries)]
     assert gaps[0] == pytest.approx(0.5, abs=0.11)
-    assert max(gaps) == pytest.approx(LAST_BACKOFF_S, abs=0.11)
+    assert max(gaps) == pytest.approx(ALWAYS.last_s, abs=0.11)
     assert sorted(gaps) == pytest.approx(gaps, abs=0.2)
 
     arbiter.refuses = False
-    clock.sleep_s(LAST_BACKOFF_S)
+    clock.sleep_s(ALWAYS.last_s)
     supervisor.check()
     assert arbiter.why is None
-    clock.sleep_s(HEALTHY_AFTER_S + 1)
+    clock.sleep_s(ALWAYS.healthy_after_s + 1)
     supervisor.check()
     for _ in range(2):  # at once, and half a second later
         arbiter.why = "ended"
         clock.sleep_s(0.6)
         supervisor.check()
         assert arbiter.why is None
+
+
+def test_one_that_keeps_dying_is_given_up() -> None:
+    """Guards against a crash loop that goes on for ever unseen; a death a minute apart is none."""
+    story: list[str] = []
+    triton, clock = Service("triton", story), FakeClock()
+    supervisor = Supervisor([(triton, A_FEW_TIMES)], clock, story.append)
+    supervisor.start()
+    for _ in range(20):
+        triton.why = "ended with status 139"
+        supervisor.check()
+        assert triton.why is None
+        clock.sleep_s(A_FEW_TIMES.healthy_after_s + 1)
+        supervisor.check()
+    with pytest.raises(MachineError, match="triton ended with status 139; 5 restarts did not help"):
+        for _ in range(1000):
+            triton.why = "ended with status 139"
+            supervisor.check()
+            clock.sleep_s(0.5)

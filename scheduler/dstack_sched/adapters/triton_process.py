@@ -98,7 +98,11 @@ class TritonProcess:
         return f"{host}:{self.ports[use]}"
 
     def start(self, timeout_s: float = 60.0) -> None:
-        """Start and wait until ready. Errors: InputError (repository), MachineError (ports, no start)."""
+        """Start and wait until ready; again, with the same ports, after its end.
+
+        Errors: InputError (repository), MachineError (ports, no start).
+        """
+        self.stop()
         if not self.repository.is_dir():
             raise InputError(f"model repository {self.repository} is not a directory")
         for attempt in range(1, START_ATTEMPTS + 1):
@@ -106,6 +110,7 @@ class TritonProcess:
             work_dir = Path(tempfile.mkdtemp(prefix="dstack-triton-"))
             try:
                 self._start_once(work_dir, timeout_s)
+                self._wanted_ports = dict(self.ports)
                 return
             except MachineError as error:
                 message = self._why(error)

@@ -6,12 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from dstack_sched.app.backoff import Backoff, BackoffSettings
 from dstack_sched.errors import DstackError, MachineError
 from dstack_sched.ports import Clock
 
-FIRST_BACKOFF_S = 0.5
-LAST_BACKOFF_S = 30.0
-HEALTHY_AFTER_S = 60.0
+ALWAYS = BackoffSettings()
+A_FEW_TIMES = BackoffSettings(first_s=1.0, tries=5)
+NEVER = BackoffSettings(tries=0)
 
 
 class Service(Protocol):
@@ -26,13 +27,11 @@ class Service(Protocol):
 
 @dataclass
 class Watched:
-    """One service and what is known of its restarts. Times in seconds, backoff 0 after a healthy minute."""
+    """One service and what is known of its restarts."""
 
     service: Service
-    restartable: bool
-    backoff_s: float = 0.0
-    started_at_s: float = 0.0
-    retry_at_s: float = 0.0
+    restarts: Backoff
+    started_at_us: int = 0
 
 
 class Supervisor:
@@ -40,12 +39,12 @@ class Supervisor:
 
     def __init__(
         self,
-        services: Sequence[tuple[Service, bool]],
+        services: Sequence[tuple[Service, BackoffSettings]],
         clock: Clock,
         report: Callable[[str], None],
     ) -> None:
-        """services: (service, whether it may be restarted by itself), in the order of starting."""
-        self._watched = [Watched(service, restartable) for service, restartable in services]
+        """services: (service, how it may be restarted by itself), in the order of starting."""
+        self._watched = [Watched(service, Backoff(settings)) for service, settings in services]
         self._started: list[Watched] = []
         self._clock = clock
         self._report = report
@@ -56,34 +55,32 @@ class Supervisor:
             for each in self._watched:
                 self._started.append(each)
                 each.service.start()
-                each.started_at_s = self._now_s()
+                each.started_at_us = self._clock.now_us()
         except BaseException:
             self.stop()
             raise
 
     def check(self) -> None:
-        """Look after each once. Errors: MachineError when one that cannot be restarted is down."""
-        now_s = self._now_s()
+        """Look after each once. Errors: MachineError when one is down that may not be restarted (any more)."""
         for each in self._started:
             why = each.service.failure()
+            now_us = self._clock.now_us()
             if why is None:
-                if each.backoff_s and now_s - each.started_at_s > HEALTHY_AFTER_S:
-                    each.backoff_s = 0.0
-                continue
-            if not each.restartable:
-                raise MachineError(f"{each.service.name} {why}")
-            if now_s >= each.retry_at_s:
-                self._restart(each, why, now_s)
+                each.restarts.well_since(each.started_at_us, now_us)
+            elif each.restarts.spent:
+                tried = f"; {each.restarts.tries} restarts did not help" if each.restarts.tries else ""
+                raise MachineError(f"{each.service.name} {why}{tried}")
+            elif each.restarts.due(now_us):
+                self._restart(each, why, now_us)
 
-    def _restart(self, each: Watched, why: str, now_s: float) -> None:
-        each.backoff_s = min(LAST_BACKOFF_S, each.backoff_s * 2 or FIRST_BACKOFF_S)
-        each.retry_at_s = now_s + each.backoff_s
+    def _restart(self, each: Watched, why: str, now_us: int) -> None:
+        each.restarts.tried(now_us)
         self._report(f"{each.service.name} {why}; starting it again")
         try:
             each.service.start()
-            each.started_at_s = self._now_s()
+            each.started_at_us = self._clock.now_us()
         except DstackError as error:
-            self._report(f"{error}; next try in {each.backoff_s:g} s")
+            self._report(f"{error}; next try in {each.restarts.wait_s:g} s")
 
     def stop(self) -> None:
         """Stop all that was started, last first; one that fails to stop does not keep the others up."""
@@ -93,6 +90,3 @@ class Supervisor:
                 each.service.stop()
             except DstackError as error:
                 self._report(f"{each.service.name} did not stop in order: {error}")
-
-    def _now_s(self) -> float:
-        return self._clock.now_us() / 1e6

@@ -17,7 +17,8 @@ from dstack_sched.adapters.ports_free import choose_ports
 from dstack_sched.adapters.repository_check import check_repository
 from dstack_sched.adapters.triton_client import TritonClient
 from dstack_sched.adapters.triton_process import TritonProcess, find_server
-from dstack_sched.app.supervise import Service, Supervisor
+from dstack_sched.app.backoff import BackoffSettings
+from dstack_sched.app.supervise import A_FEW_TIMES, ALWAYS, Service, Supervisor
 from dstack_sched.cli.common import say
 from dstack_sched.errors import ServerError
 
@@ -63,12 +64,12 @@ class Host:
 
     def start(self) -> None:
         """Start all in order. Errors: MachineError, InputError; nothing is left running then."""
-        services: list[tuple[Service, bool]] = [(self.arbiter, True)]
+        services: list[tuple[Service, BackoffSettings]] = [(self.arbiter, ALWAYS)]
         try:
             self.triton = self._triton(self.mps.start() if self.options.mps else {})
             if self.mps.owned:
-                services.append((self.mps, True))
-            self._supervisor = Supervisor([*services, (self.triton, False)], SystemClock(), say)
+                services.append((self.mps, ALWAYS))
+            self._supervisor = Supervisor([*services, (self.triton, A_FEW_TIMES)], SystemClock(), say)
             self._supervisor.start()
         except BaseException:
             self.stop()
