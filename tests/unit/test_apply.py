@@ -9,6 +9,7 @@ import pytest
 from dstack_sched.adapters.edit_journal import FileEditJournal
 from dstack_sched.adapters.repository import DiskRepository
 from dstack_sched.app.apply import Applier
+from dstack_sched.app.edits import ConfigEdits
 from dstack_sched.domain.plan import ModelPlan, Plan, Replica
 from dstack_sched.errors import InputError, MachineError
 from fakes.serving import FakeClock, FakeServer
@@ -47,8 +48,13 @@ class World:
         self.said: list[str] = []
         self.applier = self.new_applier()
 
+    def new_edits(self) -> ConfigEdits:
+        return ConfigEdits(
+            self.repository, self.server, self.journal, self.server, self.clock, self.said.append
+        )
+
     def new_applier(self) -> Applier:
-        return Applier(self.repository, self.server, self.journal, self.server, self.clock, self.said.append)
+        return Applier(self.repository, self.server, self.new_edits())
 
     def texts(self) -> dict[str, bytes]:
         return {str(p.relative_to(self.root)): p.read_bytes() for p in self.root.rglob("*") if p.is_file()}
@@ -193,7 +199,7 @@ def test_a_controller_killed_anywhere_is_cleaned_up_after(world: World, at: int,
     _revive(world)
     if broken:
         world.server.fails = lambda model, parameters: "no" if parameters.get("gpu_percent") == "60" else ""
-    lines = world.new_applier().recover()
+    lines = world.new_edits().recover()
     assert world.texts() in ([old] if broken else [new, old])
     shares = {
         m: c["parameters"].get("gpu_percent", {}).get("string_value")
@@ -202,7 +208,7 @@ def test_a_controller_killed_anywhere_is_cleaned_up_after(world: World, at: int,
     on_disk = {m: world.repository.config(m).parameters.get("gpu_percent") for m in shares}
     assert shares == on_disk, "what is on disk must be what is in force"
     assert world.journal.pending() == ()
-    assert world.new_applier().recover() == ()
+    assert world.new_edits().recover() == ()
     if world.texts() == new:
         assert lines == (
             "voice: an interrupted apply was finished",
@@ -242,7 +248,7 @@ def test_a_config_changed_by_hand_after_a_crash_is_left_alone(world: World) -> N
     edits = [rewrite.edit for rewrite in world.applier.check(plan(detect=row(60, 4)))]
     world.journal.begin(edits)
     world.repository.write_config("detect", DETECT + "# mine now\n")
-    assert world.applier.recover() == (
+    assert world.new_edits().recover() == (
         "detect: an apply was interrupted here; its config has changed since and is left alone",
     )
     assert world.repository.read_config("detect") == DETECT + "# mine now\n"
@@ -262,7 +268,7 @@ def test_two_controllers_do_not_rewrite_one_repository(world: World, tmp_path: P
 def test_a_broken_journal_is_said_so(world: World) -> None:
     (world.journal.folder / "edits.json").write_text('{"version": 1')
     with pytest.raises(InputError, match=r"edits.json: this journal cannot be read"):
-        world.applier.recover()
+        world.new_edits().recover()
 
 
 def test_old_stubs_that_never_go_are_reported_not_waited_for_ever(world: World) -> None:

@@ -1,27 +1,17 @@
-"""Put a plan in force: rewrite configs, reload one model at a time, all or nothing.
-
-All edits go to the journal first. Then, for each model whose config does not state the plan yet: replace
-config.pbtxt, load over gRPC (Triton makes the new version before it breaks the old), check that what is in
-force is what was written, and wait until the old stub processes are gone (until then memory and GPU% count
-twice). If a model fails, every config of this plan goes back byte for byte and the old versions serve on. A
-controller that dies in between leaves its journal, and the next one finishes or undoes the plan as a whole.
-"""
+"""Put a plan in force: the config edits that state it, checked before any of them is made (app/edits.py)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from dstack_sched.app.edits import ConfigEdits, Done, Step
 from dstack_sched.domain.change import ApplyReport, ConfigEdit, ModelOutcome
 from dstack_sched.domain.model_config import BACKEND, ConfigChange, InstanceGroup, ModelConfig
 from dstack_sched.domain.plan import ModelPlan, Plan
-from dstack_sched.errors import DstackError, InputError, ServerError
-from dstack_sched.ports import Clock, EditJournal, ModelRepository, ModelServer, StubProcesses
-
-READY_TIMEOUT_S = 120.0
-STUBS_GONE_TIMEOUT_S = 60.0
-POLL_S = 0.05
+from dstack_sched.errors import InputError
+from dstack_sched.ports import ModelRepository, ModelServer
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,25 +98,12 @@ def stated_plan(repository: ModelRepository, plan: Plan) -> Plan:
 
 
 class Applier:
-    """Applies plans to one repository and its server. Not for several threads; hold the journal's lock."""
+    """Applies plans to one repository and its server. Not for several threads."""
 
-    def __init__(
-        self,
-        repository: ModelRepository,
-        server: ModelServer,
-        journal: EditJournal,
-        stubs: StubProcesses,
-        clock: Clock,
-        say: Callable[[str], None] = lambda line: None,
-    ) -> None:
+    def __init__(self, repository: ModelRepository, server: ModelServer, edits: ConfigEdits) -> None:
         self._repository = repository
         self._server = server
-        self._journal = journal
-        self._stubs = stubs
-        self._clock = clock
-        self._say = say
-
-    # -- the plan ---------------------------------------------------------------------------------------
+        self._edits = edits
 
     def check(self, plan: Plan) -> tuple[Rewrite, ...]:
         """Every rewrite the plan asks for, each checked; nothing is touched. Raises InputError."""
@@ -144,35 +121,14 @@ class Applier:
     def apply(self, plan: Plan) -> ApplyReport:
         """Put the plan in force, shrinking models first. Raises InputError with all as it was before."""
         rewrites = self.check(plan)
-        for rewrite in rewrites:
-            if rewrite.edit.old_text != rewrite.edit.new_text:
-                self._repository.check_writable(rewrite.model)
         todo = [rewrite for rewrite in rewrites if not self._in_force(rewrite)]
-        if todo:
-            self._journal.begin(rewrite.edit for rewrite in todo)
-        changed = self._put_all_in_force(todo)
-        unchanged = [
-            ModelOutcome(each.model, "unchanged", each.plan.gpu_percent, each.plan.batch_size)
-            for each in rewrites
-            if each not in todo
+        steps = [Step(each.edit, _saying(each.plan), stating(each.parameters)) for each in todo]
+        done = {each.model: each for each in self._edits.put_in_force(steps, "the plan")}
+        outcomes = [
+            _outcome(each, done.get(each.model)) for each in sorted(rewrites, key=lambda each: each in todo)
         ]
-        blind = any(outcome.old_stubs_gone is None for outcome in changed)
-        return ApplyReport((*unchanged, *changed), (self._stubs.blind_reason(),) if blind else ())
-
-    def _put_all_in_force(self, rewrites: Sequence[Rewrite]) -> list[ModelOutcome]:
-        outcomes = []
-        for number, rewrite in enumerate(rewrites):
-            try:
-                outcomes.append(self._put_in_force(rewrite))
-            except DstackError as error:
-                for tried in reversed(rewrites[: number + 1]):
-                    self._put_back(tried.edit, load=self._serves_new(tried))
-                self._journal.end()
-                raise InputError(
-                    f"{rewrite.model}: the plan could not be put in force, all is as before: {error}"
-                ) from error
-        self._journal.end()
-        return outcomes
+        blind = any(each.old_stubs_gone is None for each in done.values())
+        return ApplyReport(tuple(outcomes), (self._edits.blind_reason(),) if blind else ())
 
     def _rewrite(self, model: str, plan: Plan, ready: bool) -> Rewrite:
         row = plan.models[model]
@@ -209,114 +165,28 @@ class Applier:
             and states(self._server.config(edit.model), rewrite.parameters)
         )
 
-    def _put_in_force(self, rewrite: Rewrite) -> ModelOutcome:
-        edit, plan = rewrite.edit, rewrite.plan
-        self._say(f"{edit.model}: {plan.gpu_percent:g}% x batch {plan.batch_size}, loading")
-        began_us = self._clock.now_us()
-        if edit.old_text != edit.new_text or edit.was_ready:  # an equal text, but newer, makes Triton load it
-            self._repository.write_config(edit.model, edit.new_text)
-        old_stubs = self._load(edit.model)
-        if not states(self._server.config(edit.model), rewrite.parameters):
-            raise ServerError("Triton serves another config than the one on disk")
-        gone = self._wait_gone(old_stubs)
-        return ModelOutcome(
-            edit.model,
-            "reloaded" if edit.was_ready else "loaded",
-            plan.gpu_percent,
-            plan.batch_size,
-            (self._clock.now_us() - began_us) / 1e6,
-            gone,
-        )
 
-    def _load(self, model: str) -> frozenset[int] | None:
-        """Load and wait until ready. The old version's stubs, None where they cannot be seen."""
-        old_stubs = self._stubs.pids(model)
-        self._server.load(model)
-        until_us = self._clock.now_us() + int(READY_TIMEOUT_S * 1e6)
-        while not self._server.is_model_ready(model):
-            if self._clock.now_us() > until_us:
-                raise ServerError(f"not ready within {READY_TIMEOUT_S:g} s of its load")
-            self._clock.sleep_s(POLL_S)
-        return old_stubs
+def _outcome(rewrite: Rewrite, done: Done | None) -> ModelOutcome:
+    plan = rewrite.plan
+    if done is None:
+        return ModelOutcome(rewrite.model, "unchanged", plan.gpu_percent, plan.batch_size)
+    return ModelOutcome(
+        rewrite.model,
+        "reloaded" if rewrite.edit.was_ready else "loaded",
+        plan.gpu_percent,
+        plan.batch_size,
+        done.load_s,
+        done.old_stubs_gone,
+    )
 
-    def _wait_gone(self, pids: frozenset[int] | None) -> bool | None:
-        if pids is None:
-            return None
-        until_us = self._clock.now_us() + int(STUBS_GONE_TIMEOUT_S * 1e6)
-        while alive := self._stubs.alive(pids):
-            if self._clock.now_us() > until_us:
-                self._say(
-                    f"old stub processes {sorted(alive)} are still there after {STUBS_GONE_TIMEOUT_S:g} s"
-                )
-                return False
-            self._clock.sleep_s(POLL_S)
-        return True
 
-    # -- the way back -----------------------------------------------------------------------------------
+def _saying(plan: ModelPlan) -> str:
+    return f"{plan.gpu_percent:g}% x batch {plan.batch_size}"
 
-    def _serves_new(self, rewrite: Rewrite) -> bool:
-        """Whether the old config needs a load to be in force again: the new one is, or none."""
-        if rewrite.edit.old_text == rewrite.edit.new_text:
-            return False
-        try:
-            return not self._server.is_model_ready(rewrite.model) or states(
-                self._server.config(rewrite.model), rewrite.parameters
-            )
-        except DstackError:
-            return True
 
-    def _put_back(self, edit: ConfigEdit, *, load: bool) -> None:
-        """The old text back on disk; with `load`, in force too (or unloaded, as it was before)."""
-        if self._repository.read_config(edit.model) != edit.old_text:
-            self._repository.write_config(edit.model, edit.old_text)
-        if not load:
-            return
-        try:
-            if edit.was_ready:
-                self._wait_gone(self._load(edit.model))
-            else:
-                self._server.unload(edit.model)
-        except DstackError as error:
-            self._say(f"{edit.model}: its old config is back on disk but could not be loaded: {error}")
-
-    def recover(self) -> tuple[str, ...]:
-        """Finish the plan that a controller left half applied; undo all of it where that fails.
-
-        Returns lines for people, none when there was nothing to do. A config that someone has changed since
-        is theirs and stays.
-        """
-        pending = self._journal.pending()
-        edits = [edit for edit in pending if self._is_as_left(edit)]
-        lines = [
-            f"{edit.model}: an apply was interrupted here; its config has changed since and is left alone"
-            for edit in pending
-            if edit not in edits
-        ]
-        done: list[ConfigEdit] = []
-        try:
-            for edit in edits:
-                done.append(edit)
-                self._finish(edit)
-            lines += [f"{edit.model}: an interrupted apply was finished" for edit in edits]
-        except DstackError as error:
-            for edit in reversed(done):
-                self._put_back(edit, load=True)
-            lines += [f"{edit.model}: an interrupted apply was undone ({error})" for edit in edits]
-        if pending:
-            self._journal.end()
-        return tuple(lines)
-
-    def _is_as_left(self, edit: ConfigEdit) -> bool:
-        return edit.model in self._repository.models() and self._repository.read_config(edit.model) in (
-            edit.old_text,
-            edit.new_text,
-        )
-
-    def _finish(self, edit: ConfigEdit) -> None:
-        self._say(f"{edit.model}: finishing an interrupted apply")
-        if self._repository.read_config(edit.model) != edit.new_text:
-            self._repository.write_config(edit.model, edit.new_text)
-        self._wait_gone(self._load(edit.model))
+def stating(parameters: Mapping[str, str]) -> Callable[[Mapping[str, Any]], bool]:
+    """states() for these parameters."""
+    return lambda in_force: states(in_force, parameters)
 
 
 def states(in_force: Mapping[str, Any], parameters: Mapping[str, str]) -> bool:

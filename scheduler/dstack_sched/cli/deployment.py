@@ -19,6 +19,7 @@ from dstack_sched.adapters.stub_processes import LocalStubProcesses
 from dstack_sched.adapters.triton_client import TritonClient
 from dstack_sched.app.apply import Applier, stated_plan
 from dstack_sched.app.arbiter_plans import send_plans
+from dstack_sched.app.edits import ConfigEdits
 from dstack_sched.cli.common import say
 from dstack_sched.domain.change import ApplyReport
 from dstack_sched.domain.plan import Plan
@@ -41,8 +42,8 @@ class Deployment:
 
         Errors: InputError with all as before; MachineError while another controller is at it.
         """
-        with self.applier() as applier:
-            report = applier.apply(plan)
+        with self.edits() as edits:
+            report = Applier(self.repository, self.server, edits).apply(plan)
         for note in report.notes:
             say(note)
         self.tell_arbiter(plan, profiles, workload)
@@ -50,19 +51,19 @@ class Deployment:
 
     def recover(self) -> None:
         """Finish or undo what an earlier controller left. Errors: MachineError while another one is at it."""
-        with self.applier():
+        with self.edits():
             pass
 
     @contextmanager
-    def applier(self) -> Iterator[Applier]:
+    def edits(self) -> Iterator[ConfigEdits]:
         """The only one at work on this repository, with nothing half done behind it."""
         stubs = LocalStubProcesses(self.server.url)
         with FileEditJournal(self.state, self.repository.root) as journal:
             self.repository.sweep()
-            applier = Applier(self.repository, self.server, journal, stubs, SystemClock(), say_progress)
-            for line in applier.recover():
+            edits = ConfigEdits(self.repository, self.server, journal, stubs, SystemClock(), say_progress)
+            for line in edits.recover():
                 say(line)
-            yield applier
+            yield edits
 
     def tell_arbiter(self, plan: Plan, profiles: ProfileSet, workload: Workload) -> None:
         """The plan as the engines take it. The configs are in force by now, so trouble here is said only:

@@ -12,13 +12,15 @@ Action = Literal["unchanged", "loaded", "reloaded"]
 class ConfigEdit:
     """One model's rewrite under way. A text of None means: no config file.
 
-    Kept in the journal from before the file is touched until the new version is known to serve.
+    Kept in the journal from before the file is touched until the new version is known to serve. load: the
+    server is to load it; else only the file changes.
     """
 
     model: str
     old_text: str | None
     new_text: str | None
     was_ready: bool
+    load: bool = True
 
 
 @dataclass(frozen=True, slots=True)
