@@ -70,7 +70,7 @@ class HealthTelemetry:
     def note(self, faults: Iterable[Fault]) -> None:
         """All faults that are there now. New ones are counted, those that went are booked as recovered."""
         now_us = self._clock.now_us()
-        seen = {(fault.kind, fault.subject): fault.detail for fault in faults}
+        seen = {(str(fault.kind), fault.subject): fault.detail for fault in faults}
         for key in self._present.keys() - seen.keys():
             since_us, _, _ = self._present.pop(key)
             self._metrics.observe(table.RECOVERIES, (now_us - since_us) / 1e6, kind=key[0])
@@ -155,10 +155,13 @@ class ControllerTelemetry:
         """This plan is what the configs and the arbiter state now."""
         rows = plan.models
         shares: dict[tuple[str, ...], float] = {
-            (name, str(replica.gpu)): replica.gpu_percent / 100
+            (name, str(gpu)): percent / 100
             for name, row in rows.items()
-            for replica in row.replicas
-        } | {(name, str(row.gpu)): row.gpu_percent / 100 for name, row in rows.items()}
+            for gpu, percent in (
+                (row.gpu, row.gpu_percent),
+                *((each.gpu, each.gpu_percent) for each in row.replicas),
+            )
+        }
         replace = self._metrics.replace
         replace(table.PLANNED_SHARE, shares)
         replace(table.PLANNED_BATCH, {(name,): float(row.batch_size) for name, row in rows.items()})

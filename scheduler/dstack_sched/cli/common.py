@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import json
 import os
@@ -24,7 +23,9 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from dstack_sched.adapters.logs import OURS, logging_active
 from dstack_sched.adapters.triton_connection import ConnectionOptions, parse_headers
+from dstack_sched.cli.options import grouped, option
 from dstack_sched.errors import InputError
 
 DEFAULT_GRPC_URL = "127.0.0.1:8001"
@@ -79,37 +80,21 @@ _CONNECTION_OPTIONS: tuple[tuple[str, Any, Any], ...] = (
 def connects(verb: Callable[..., None]) -> Callable[..., None]:
     """A verb's parameter `connection: ConnectionOptions` becomes --url, --header and --tls... on its
     command line; of type `ConnectionOptions | None` it is None where no --url is given."""
-    signature = inspect.signature(verb, eval_str=True)
-    optional = signature.parameters["connection"].annotation != ConnectionOptions
+    wanted = inspect.signature(verb, eval_str=True).parameters["connection"].annotation
+    optional = wanted != ConnectionOptions
     url_kind: Any = str | None if optional else str
     defaults = {"url": None if optional else DEFAULT_GRPC_URL, "tls": False}
     own = [
-        inspect.Parameter(
-            name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=defaults.get(name),
-            annotation=Annotated[kind or url_kind, option],
-        )
-        for name, kind, option in _CONNECTION_OPTIONS
+        option(name, kind or url_kind, defaults.get(name), about) for name, kind, about in _CONNECTION_OPTIONS
     ]
 
-    @functools.wraps(verb)
-    def connected(**given: Any) -> None:
-        texts = {name: given.pop(name) for name, _, _ in _CONNECTION_OPTIONS}
-        headers = parse_headers(texts.pop("header") or ())
-        url = texts.pop("url")
-        if url is None and (headers or any(texts.values())):
+    def connection(url: str | None, header: list[str] | None, **tls: Any) -> ConnectionOptions | None:
+        headers = parse_headers(header or ())
+        if url is None and (headers or any(tls.values())):
             raise InputError("--header and --tls... say how to reach a Triton: give its --url HOST:PORT too")
-        verb(connection=None if url is None else ConnectionOptions(url, headers, **texts), **given)
+        return None if url is None else ConnectionOptions(url, headers, **tls)
 
-    parameters: list[inspect.Parameter] = []
-    for parameter in signature.parameters.values():
-        parameters += (
-            own if parameter.name == "connection" else [parameter.replace(kind=parameter.KEYWORD_ONLY)]
-        )
-    connected.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-    connected.__annotations__ = {each.name: each.annotation for each in parameters}
-    return connected
+    return grouped(verb, "connection", own, connection)
 
 
 def state_dir(path: Path) -> Path:
@@ -131,8 +116,11 @@ def console() -> Console:
 
 
 def say(text: str) -> None:
-    """One line for people, on stderr, so that stdout stays the result."""
-    print(text, file=sys.stderr, flush=True)  # noqa: T201
+    """One line for people, on stderr, so that stdout stays the result; a log line where one is kept."""
+    if logging_active():
+        OURS.info("%s", text)
+    else:
+        print(text, file=sys.stderr, flush=True)  # noqa: T201
 
 
 def print_json(document: Any) -> None:
