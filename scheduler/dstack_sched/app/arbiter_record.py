@@ -51,9 +51,8 @@ class Histogram:
         self.total += value
 
     def as_dict(self) -> dict[str, Any]:
-        """{"le": [bounds], "counts": [one more], "sum", "count"}; counts are not cumulative."""
+        """{"counts": [one more than bounds, not cumulative], "sum", "count"}."""
         return {
-            "le": list(self.bounds),
             "counts": list(self.counts),
             "sum": self.total,
             "count": sum(self.counts),
@@ -62,9 +61,11 @@ class Histogram:
 
 @dataclass(slots=True)
 class ModelCounters:
-    """One model's totals since the arbiter started. gpu_percent_ms: share times time it was granted."""
+    """One model's totals since the arbiter started. granted_rows: sum of the batch sizes granted.
+    gpu_percent_ms: share times time it was granted."""
 
     grants: int = 0
+    granted_rows: int = 0
     unused_grants: int = 0
     rows: int = 0
     late_rows: int = 0
@@ -78,6 +79,7 @@ class ModelCounters:
     def as_dict(self) -> dict[str, Any]:
         return {
             "grants": self.grants,
+            "granted_rows": self.granted_rows,
             "unused_grants": self.unused_grants,
             "rows": self.rows,
             "late_rows": self.late_rows,
@@ -204,7 +206,7 @@ class Record:
         return {
             "p50": _percentile(ordered, 0.50) / 1000,
             "p99": _percentile(ordered, 0.99) / 1000,
-            "histogram": self.decision_us.as_dict(),
+            "histogram": {"le": list(DECISION_BOUNDS_US), **self.decision_us.as_dict()},
         }
 
 

@@ -62,6 +62,7 @@ class Session:
         self.grants.append(grant)
         counters = record.model(self.joined.model)
         counters.grants += 1
+        counters.granted_rows += grant.batch_size
         if self.waiting_since_us:
             counters.wait_us.add(now_us - self.waiting_since_us)
             self.waiting_since_us = 0 if grant.batch_size >= self.waiting else now_us

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from dstack_sched.app.arbiter_record import PAGE_ROWS, Record
+from dstack_sched.app.arbiter_record import PAGE_ROWS, WAIT_BOUNDS_US, Record
 from dstack_sched.app.arbiter_session import Gpu, Session
+from dstack_sched.domain.event import EngineModel
 from dstack_sched.errors import InputError
 
 REPORTS_SHOWN = 8
@@ -15,7 +16,8 @@ REPORTS_SHOWN = 8
 def status(
     gpus: Mapping[int, Gpu], sessions: Collection[Session], record: Record, now_us: int
 ) -> dict[str, Any]:
-    """{"gpus", "models", "backends", "backend_states", "decision_us", "overload_reports"}.
+    """{"gpus", "models", "wait_bounds_us" (of each model's "wait_us"), "backends", "backend_states",
+    "decision_us", "overload_reports"}.
 
     Totals count since the arbiter started; utilization over a while is the difference of two
     "gpu_percent_ms" over the time between, in percent of the GPU.
@@ -28,6 +30,7 @@ def status(
         "now_us": now_us,
         "gpus": {str(index): _gpu(index, gpu, sessions, record, now_us) for index, gpu in gpus.items()},
         "models": {name: counters.as_dict() for name, counters in record.models.items()},
+        "wait_bounds_us": list(WAIT_BOUNDS_US),
         "backends": backends,
         "backend_states": states,
         "decision_us": record.decision_percentiles(),
@@ -36,16 +39,38 @@ def status(
 
 
 def _gpu(index: int, gpu: Gpu, sessions: Collection[Session], record: Record, now_us: int) -> dict[str, Any]:
+    """One GPU. "plan": what is in force for each model; "scores": GPU%-ms served over the fairness weight, as
+    the policy counts them (the least is served first)."""
     running_ms = sum(
         grant.gpu_percent * max(0, min(now_us, grant.lease_until_us) - grant.granted_us) / 1000
         for session in sessions if session.gpu == index
         for grant in session.grants[:1]
     )  # fmt: skip
+    state = gpu.engine.snapshot()
     return {
         "capacity_percent": gpu.plan.capacity_percent,
-        "granted_percent": round(gpu.engine.snapshot().get("granted_percent", 0.0), 3),
+        "granted_percent": round(state.get("granted_percent", 0.0), 3),
         "gpu_percent_ms": round(record.gpu_percent_ms.get(index, 0.0) + running_ms, 1),
         "planned_models": [model.name for model in gpu.plan.models],
+        "plan": {model.name: _plan(model) for model in gpu.plan.models},
+        "scores": {
+            name: round(each["served_percent_us"] / 1000 / max(each["weight"], 1e-6))
+            for name, each in state.get("models", {}).items()
+        },
+    }
+
+
+def _plan(model: EngineModel) -> dict[str, Any]:
+    """latency_ms: of a planned batch alone on the device, as profiled; None where that is not known."""
+    latency_ms = None
+    if model.gpu_percent in model.gpu_percents and model.batch_size in model.batch_sizes:
+        row = model.latency_ms[model.gpu_percents.index(model.gpu_percent)]
+        latency_ms = round(row[model.batch_sizes.index(model.batch_size)], 3)
+    return {
+        "gpu_percent": model.gpu_percent,
+        "batch_size": model.batch_size,
+        "slo_ms": model.slo_us / 1000,
+        "latency_ms": latency_ms,
     }
 
 

@@ -180,6 +180,12 @@ UNUSED_GRANTS = _counter("dstack_arbiter_unused_grants_total", "Grants that ran 
 ENDED_LEASES = _counter(
     "dstack_arbiter_ended_leases_total", "Grants whose batch did not end before its lease", "model"
 )
+GRANTED_ROWS = _counter(
+    "dstack_arbiter_granted_rows_total",
+    "Rows that the grants allowed for; over the grants: the mean batch size granted",
+    "model",
+    unit="rows",
+)
 ROWS = _counter("dstack_arbiter_rows_total", "Rows run under grants", "model", unit="rows")
 LATE_ROWS = _counter(
     "dstack_arbiter_late_rows_total", "Those that ended past their deadline", "model", unit="rows"
@@ -205,11 +211,25 @@ DECISION_TIME = _histogram(
 WAITING_ROWS = _gauge(
     "dstack_arbiter_waiting_rows", "Rows that wait in the backends now", "model", unit="rows"
 )
-GRANT_SHARE = _gauge(
+PLAN_SHARE = _gauge(
     "dstack_arbiter_plan_gpu_share_ratio", "Share of the plan in force", "gpu", "model", unit="ratio"
 )
-GRANT_BATCH = _gauge(
+PLAN_BATCH = _gauge(
     "dstack_arbiter_plan_batch_rows", "Batch size of the plan in force", "gpu", "model", unit="rows"
+)
+PLAN_RUN = _gauge(
+    "dstack_arbiter_plan_run_seconds",
+    "Latency of a planned batch alone on the device, as profiled",
+    "gpu",
+    "model",
+    unit="seconds",
+)
+PLAN_SLO = _gauge(
+    "dstack_arbiter_plan_slo_seconds",
+    "Latency objective of the plan in force",
+    "gpu",
+    "model",
+    unit="seconds",
 )
 SCORE = _gauge(
     "dstack_arbiter_scoreboard_share_seconds",
@@ -227,9 +247,9 @@ GPU_SHARE_TIME = _counter(
 )  # fmt: skip
 
 ARBITER = (
-    ARBITER_UP, ARBITER_UPTIME, ARBITER_POLICY, SESSIONS, CLIENTS, DROPPED, GRANTS, UNUSED_GRANTS,
+    ARBITER_UP, ARBITER_UPTIME, ARBITER_POLICY, SESSIONS, CLIENTS, DROPPED, GRANTS, UNUSED_GRANTS, GRANTED_ROWS,
     ENDED_LEASES, ROWS, LATE_ROWS, SHEDS, OVERLOADS, RUN_TIME, SHARE_TIME, GRANT_WAIT, DECISION_TIME,
-    WAITING_ROWS, GRANT_SHARE, GRANT_BATCH, SCORE, GPU_CAPACITY, GPU_GRANTED, GPU_SHARE_TIME,
+    WAITING_ROWS, PLAN_SHARE, PLAN_BATCH, PLAN_RUN, PLAN_SLO, SCORE, GPU_CAPACITY, GPU_GRANTED, GPU_SHARE_TIME,
 )  # fmt: skip
 
 ALL = CONTROLLER + HEALTH + ARBITER
