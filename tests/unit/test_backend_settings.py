@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dstack_backend.errors import ModelError
-from dstack_backend.settings import Settings, parse_settings
+from dstack_backend.settings import Settings, model_path, parse_settings
 
 
 def arguments(config: dict[str, Any] | None = None, kind: str = "CPU", **parameters: str) -> dict[str, str]:
@@ -90,6 +90,21 @@ def test_parameters_of_others_are_left_alone() -> None:
     _, warnings = parse_settings(arguments(FORCE_CPU_ONLY_INPUT_TENSORS="no", owner="team-a"))
     assert len(warnings) == 1
     assert "'owner'" in warnings[0]
+
+
+def test_parameters_of_the_onnxruntime_backend_are_no_slips_of_ours() -> None:
+    """Guards adopted models: execution_mode looks like execution_provider, gpu_mem_limit like ours."""
+    _, warnings = parse_settings(
+        arguments(execution_mode="1", gpu_mem_limit="4294967296", cudnn_conv_algo_search="0")
+    )
+    assert warnings == []
+
+
+def test_a_directory_model_onnx_holds_the_model(tmp_path: Path) -> None:
+    (tmp_path / "1" / "model.onnx").mkdir(parents=True)
+    (tmp_path / "2").mkdir()
+    assert model_path(tmp_path / "1", {}, {}) == tmp_path / "1" / "model.onnx" / "model.onnx"
+    assert model_path(tmp_path / "2", {}, {}) == tmp_path / "2" / "model.onnx"
 
 
 def test_kind_model_is_refused() -> None:

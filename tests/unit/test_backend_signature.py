@@ -69,6 +69,14 @@ def test_dims_with_a_batch_dimension_mean_no_batching() -> None:
     assert got.outputs[0]["dims"] == [-1, 10]
 
 
+def test_reshaped_dims_with_a_batch_dimension_mean_no_batching() -> None:
+    """Guards configs without max_batch_size whose clients leave out a dimension of the graph's."""
+    tensor = {"name": "x", "data_type": "TYPE_FP32", "dims": [3, 224, 224]}
+    assert complete({"input": [tensor]}, IMAGES).max_batch_size == DEFAULT_MAX_BATCH_SIZE
+    whole = {**tensor, "reshape": {"shape": [1, 3, 224, 224]}}
+    assert complete({"input": [whole]}, IMAGES).max_batch_size == 0
+
+
 @pytest.mark.parametrize(
     ("inputs", "outputs", "rows", "wanted"),
     [

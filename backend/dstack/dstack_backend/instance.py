@@ -37,10 +37,7 @@ class Instance:
         for warning in warnings:
             log.warning("%s", warning)
         settings = self.settings
-        if (config.get("model_transaction_policy") or {}).get("decoupled"):
-            raise ModelError(
-                f"model {settings.model!r}: a decoupled model cannot be served; drop model_transaction_policy"
-            )
+        refuse_decoupled(config, settings.model)
         self.stats = Stats()
         self._session = load_session(
             settings.model_path,
@@ -132,6 +129,53 @@ def complete_config(config: Mapping[str, Any], version_dir: Path) -> Completion:
         return complete(config, session)
     finally:
         session.close()
+
+
+def check_model(config: Mapping[str, Any], version_dir: Path) -> None:
+    """What loading a version under this config would refuse, as far as it shows without a device: parameters,
+    the model file, the config against the graph. Raises BackendError."""
+    model, version = config["name"], version_dir.name
+    refuse_decoupled(config, model)
+    texts, _ = parameter_texts(config, model)
+    session = _look_at(path_of_model(version_dir, config, texts))
+    try:
+        completion = complete(config, session)
+        completed = {
+            **config,
+            "max_batch_size": completion.max_batch_size,
+            "input": merged(config.get("input", ()), completion.inputs),
+            "output": merged(config.get("output", ()), completion.outputs),
+        }
+        for kind in {group["kind"] for group in config.get("instance_group", ())} or {"KIND_AUTO"}:
+            parse_settings(
+                {
+                    "model_config": json.dumps(completed),
+                    "model_name": model,
+                    "model_version": version,
+                    "model_instance_name": model,
+                    "model_instance_kind": "GPU" if kind == "KIND_GPU" else kind.replace("AUTO", "CPU"),
+                    "model_instance_device_id": "0",
+                    "model_repository": str(version_dir.parent),
+                }
+            )
+        check_config(completed, session, model)
+    finally:
+        session.close()
+
+
+def merged(
+    stated: Iterable[Mapping[str, Any]], completed: Iterable[Mapping[str, Any]]
+) -> list[Mapping[str, Any]]:
+    """Stated tensors, the incomplete ones completed, and those that only completion names."""
+    by_name = {tensor["name"]: tensor for tensor in [*stated, *completed]}
+    return list(by_name.values())
+
+
+def refuse_decoupled(config: Mapping[str, Any], model: str) -> None:
+    if (config.get("model_transaction_policy") or {}).get("decoupled"):
+        raise ModelError(
+            f"model {model!r}: a decoupled model cannot be served; drop model_transaction_policy"
+        )
 
 
 def _look_at(path: Path) -> Session:

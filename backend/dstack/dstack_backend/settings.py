@@ -26,6 +26,22 @@ PARAMETERS = {
     "tf32": "true or false",
     "gpu_memory_limit_mb": "bound of onnxruntime's arena; 0: none",
 }
+# Of Triton's onnxruntime backend: an adopted config keeps them, and they are no slips of ours.
+ONNXRUNTIME_PARAMETERS = frozenset(
+    {
+        "arena_extend_strategy",
+        "cudnn_conv_algo_search",
+        "do_copy_in_default_stream",
+        "enable_mem_arena",
+        "enable_mem_pattern",
+        "execution_mode",
+        "gpu_mem_limit",
+        "inter_op_thread_count",
+        "intra_op_thread_count",
+        "memory.enable_memory_arena_shrinkage",
+        "session.use_device_allocator_for_initializers",
+    }
+)
 CONV_SEARCHES = ("EXHAUSTIVE", "HEURISTIC", "DEFAULT")
 DEFAULT_MODEL_FILE = "model.onnx"
 MAX_SLO_MS = 3_600_000
@@ -91,14 +107,15 @@ def parse_settings(args: Mapping[str, str]) -> tuple[Settings, list[str]]:
 def parameter_texts(config: Mapping[str, Any], model: str) -> tuple[dict[str, str], list[str]]:
     """Our parameters as texts. A key close to one of ours is refused as a slip; others are left alone.
 
-    Upper-case keys belong to Triton's Python backend. Unknown others may belong to other tools: a warning.
+    Upper-case keys belong to Triton's Python backend, some others to its onnxruntime backend. Unknown ones
+    may belong to other tools: a warning.
     """
     texts, warnings = {}, []
     for key, value in (config.get("parameters") or {}).items():
         if key in PARAMETERS:
             texts[key] = str(value.get("string_value", "")).strip()
             continue
-        if key == key.upper():
+        if key == key.upper() or key in ONNXRUNTIME_PARAMETERS:
             continue
         close = difflib.get_close_matches(key.lower(), PARAMETERS, n=1, cutoff=0.65)
         if close:
@@ -108,11 +125,15 @@ def parameter_texts(config: Mapping[str, Any], model: str) -> tuple[dict[str, st
 
 
 def model_path(version_dir: Path, config: Mapping[str, Any], texts: Mapping[str, str]) -> Path:
-    """The model file of a version: parameter model_file, else default_model_filename, else model.onnx."""
+    """The model file of a version: parameter model_file, else default_model_filename, else model.onnx.
+
+    As in Triton's onnxruntime backend it may be a directory, which holds a model.onnx and its data files.
+    """
     name = texts.get("model_file") or config.get("default_model_filename") or DEFAULT_MODEL_FILE
     if Path(name).name != name:
         raise ModelError(f"model_file {name!r}: a file name in the version directory is wanted, not a path")
-    return version_dir / name
+    path = version_dir / name
+    return path / DEFAULT_MODEL_FILE if path.is_dir() else path
 
 
 def _device(read: _Reader, kind: str, device_id: int) -> tuple[str, int]:

@@ -99,8 +99,7 @@ def _check_tensor(where: str, tensor: Mapping[str, Any], spec: TensorSpec, max_b
         raise ModelError(
             f"{where}: config says {tensor['data_type']}, the graph {spec.triton_dtype}; correct data_type"
         )
-    reshape = tensor.get("reshape") or {}
-    stated = [int(dim) for dim in (reshape.get("shape", tensor["dims"]) if reshape else tensor["dims"])]
+    stated = _graph_dims(tensor)
     shape: list[int | None] = list(spec.shape)
     if max_batch_size:
         if not shape:
@@ -169,7 +168,12 @@ def _states_whole_shapes(config: Mapping[str, Any], session: Session) -> bool:
     """True where a stated tensor has as many dims as the graph's: the batch dimension is one of them."""
     rank = {spec.name: len(spec.dims) for spec in [*session.inputs, *session.outputs]}
     stated = [*config.get("input", ()), *config.get("output", ())]
-    return any(each.get("dims") and len(each["dims"]) == rank.get(each["name"]) for each in stated)
+    return any(each.get("dims") and len(_graph_dims(each)) == rank.get(each["name"]) for each in stated)
+
+
+def _graph_dims(tensor: Mapping[str, Any]) -> list[int]:
+    """Dims of a stated tensor as the graph sees them: after its reshape, where it has one."""
+    return [int(dim) for dim in (tensor.get("reshape") or {"shape": tensor["dims"]}).get("shape", ())]
 
 
 def _keeps_rows(session: Session, inputs: Sequence[TensorSpec], rows: int) -> bool:

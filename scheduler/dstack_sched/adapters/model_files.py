@@ -87,6 +87,8 @@ def _model_in(folder: Path) -> ModelFile:
     parameters = {key: value.string_value for key, value in stated.parameters.items()}
     file = parameters.get("model_file") or stated.default_model_filename or DEFAULT_FILE
     path = version / file
+    if path.is_dir():  # as Triton's onnxruntime backend takes it: model.onnx with its data files
+        path = path / DEFAULT_FILE
     if not path.is_file():
         raise InputError(f"{path}: no such file; put the model there or name it with parameter model_file")
     shapes = {
