@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dstack_sched.domain.change import ConfigEdit
+from dstack_sched.domain.gpu import GpuReading
 from dstack_sched.domain.metrics import Metric
 from dstack_sched.domain.model_config import ConfigChange, ModelConfig
 from dstack_sched.domain.profile import CorunPoint, Device, ModelProfile, ProfilePoint, ProfileSet
+from dstack_sched.domain.served_model import ServedModel
 
 
 class Clock(Protocol):
@@ -27,6 +29,10 @@ class ModelServer(Protocol):
     def metadata(self) -> Mapping[str, Any]: ...
     def models(self) -> Mapping[str, str]:
         """Model name -> state ("READY", "UNAVAILABLE", ...) of everything in the repository index."""
+        ...
+
+    def index(self) -> Mapping[str, ServedModel]:
+        """Everything in the repository index, with reasons."""
         ...
 
     def is_model_ready(self, model: str) -> bool: ...
@@ -83,6 +89,13 @@ class MpsControl(Protocol):
     def stop(self) -> None: ...
 
 
+class GpuInventory(Protocol):
+    """The GPUs of this host, in CUDA's order; () where there is none. Errors: MachineError."""
+
+    def read(self) -> tuple[GpuReading, ...]: ...
+    def close(self) -> None: ...
+
+
 class ArbiterClient(Protocol):
     """The controller's line to the arbiter. Errors: MachineError when nobody answers."""
 
@@ -113,6 +126,11 @@ class ModelRepository(Protocol):
         """The config text with a change in it, all else byte for byte; nothing is written."""
         ...
 
+    def make_newer(self, model: str) -> None:
+        """Time stamps of the model's versions grow, so that the next load starts new processes; no content
+        changes. Errors: InputError where that cannot be done (a read-only file system)."""
+        ...
+
     def check_writable(self, model: str) -> None:
         """Errors: InputError where write_config could not work. Changes nothing."""
         ...
@@ -141,7 +159,8 @@ class StubProcesses(Protocol):
 
 
 class DecisionLog(Protocol):
-    """What the controller decided and why: plain JSON objects, oldest first."""
+    """What the controller decided and why: plain JSON objects, oldest first. Never fails: what cannot be
+    written is lost, and said."""
 
     def append(self, entry: dict[str, Any]) -> None: ...
     def last(self, count: int) -> list[dict[str, Any]]: ...

@@ -1,7 +1,8 @@
 """plan.json: written atomically, read strictly. The contract is DESIGN section 5.
 
-Beside the contract's keys a model's row carries `replicas` and the demand it was planned for (slo_ms,
-rate_per_s, weight, on_late), and the plan `notes` and `gap`. A reader of version 1 may ignore them.
+Beside the contract's keys a model's row carries `replicas`, the demand it was planned for (slo_ms,
+rate_per_s, weight, on_late) and `memory_limit_mb`, and the plan `notes` and `gap`. A reader of version 1 may
+ignore them.
 """
 
 from __future__ import annotations
@@ -85,6 +86,7 @@ def _model_json(row: ModelPlan) -> dict[str, Any]:
         "rate_per_s": row.rate_per_s,
         "weight": row.weight,
         "on_late": row.on_late.value,
+        "memory_limit_mb": row.memory_limit_mb,
     }
 
 
@@ -93,6 +95,8 @@ def _parse_model(raw: Any, where: str, gpus: int) -> ModelPlan:
     replicas = row.get("replicas", [])
     if not isinstance(replicas, list):
         raise InputError(f"{where}: replicas must be a list")
+    placed = tuple(_parse_replica(each, f"{where}: replica {i + 1}", gpus) for i, each in enumerate(replicas))
+    _check_replicas(placed, _percent(row, where), where)
     late = row.get("on_late", OnLate.SERVE.value)
     if late not in tuple(x.value for x in OnLate):
         raise InputError(f"{where}: on_late is {late!r}; serve or reject is wanted")
@@ -106,14 +110,26 @@ def _parse_model(raw: Any, where: str, gpus: int) -> ModelPlan:
         efficacy=_number(row, "efficacy", where),
         knee_percent=_number(row, "knee_percent", where),
         utilization=_number(row, "utilization", where),
-        replicas=tuple(
-            _parse_replica(each, f"{where}: replica {i + 1}", gpus) for i, each in enumerate(replicas)
-        ),
+        replicas=placed,
         slo_ms=None if row.get("slo_ms") is None else _number(row, "slo_ms", where, above=0.0),
         rate_per_s=_number(row, "rate_per_s", where, default=0.0),
         weight=_number(row, "weight", where, default=1.0, above=0.0),
         on_late=OnLate(late),
+        memory_limit_mb=(
+            None if row.get("memory_limit_mb") is None else _whole(row, "memory_limit_mb", where, at_least=1)
+        ),
     )
+
+
+def _check_replicas(replicas: tuple[Replica, ...], gpu_percent: float, where: str) -> None:
+    """One replica a GPU, all with the model's GPU%: what a config can state."""
+    if len({each.gpu for each in replicas}) < len(replicas):
+        raise InputError(f"{where}: two replicas on one GPU; one a GPU is wanted")
+    if any(each.gpu_percent != gpu_percent for each in replicas):
+        raise InputError(
+            f"{where}: replicas with another gpu_percent than the model's {gpu_percent:g}; a config "
+            "states one GPU% for all, plan again with dstackctl plan"
+        )
 
 
 def _parse_replica(raw: Any, where: str, gpus: int) -> Replica:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from dstack_sched.app.planning_host import plan_on_host
+from dstack_sched.domain.gpu import HostGpus, mps_client_limit
 from dstack_sched.domain.plan import ModelPlan, Plan, Replica
 from dstack_sched.domain.profile import Device, ProfileSet
 from dstack_sched.domain.workload import ModelDemand, Workload
@@ -39,9 +41,12 @@ Objective = Literal["demand", "efficacy"]
 class PlanOptions:
     """How to plan.
 
-    gpus: of the profiled kind (with minimize_gpus: at most so many). capacity_percent: what may be promised
-    at once; None takes the measured oversubscription, at least 100. objective "efficacy" takes each model's
-    batch program alone and only places the results. time_limit_s: for each mixed-integer program.
+    gpus: of the profiled kind (with minimize_gpus: at most so many). host: the GPUs that there are, in place
+    of `gpus`; current: where the models run now, so that they stay there if they can. capacity_percent: what
+    may be promised at once; None: the measured oversubscription, at least 100. objective "efficacy" takes
+    each model's batch program alone and only places the results. time_limit_s: for each integer program.
+    memory_limits: bound each instance's GPU memory, with room above what was measured. memory_bytes: of
+    each GPU, None: all of the profiled device's. clients_of_others: MPS clients not ours, on each GPU.
     """
 
     objective: Objective = "demand"
@@ -50,6 +55,11 @@ class PlanOptions:
     maximize_headroom: bool = False
     capacity_percent: float | None = None
     time_limit_s: float = 2.0
+    host: HostGpus | None = None
+    current: Mapping[str, Collection[int]] = field(default_factory=dict)
+    memory_limits: bool = False
+    memory_bytes: int | None = None
+    clients_of_others: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +76,10 @@ class _Case:
     def setting(self) -> JointSetting:
         return JointSetting(
             gpus=self.options.gpus,
-            memory_bytes=self.device.memory_bytes,
+            memory_bytes=min(self.device.memory_bytes, self.options.memory_bytes or self.device.memory_bytes),
             interference=self.interference,
             capacities=self.capacities,
+            max_clients=max(1, mps_client_limit(self.device.driver) - self.options.clients_of_others),
             time_limit_s=self.options.time_limit_s,
         )
 
@@ -78,6 +89,20 @@ def make_plan(profiles: ProfileSet, workload: Workload, options: PlanOptions = P
 
     Errors: InputError for a model without a profile, an SLO below its fastest run, or an option out of range.
     """
+    if options.host is not None and profiles.device.driver != CPU_DRIVER:
+        return plan_on_host(
+            lambda gpus, memory_bytes, others: make_plan(
+                profiles,
+                workload,
+                # One client more than planned is there while a model reloads.
+                replace(
+                    options, host=None, gpus=gpus, memory_bytes=memory_bytes, clients_of_others=others + 1
+                ),
+            ),
+            options.host,
+            profiles.device.name,
+            options.current,
+        )
     case = _case(profiles, workload, options)
     for task in case.tasks:
         fastest = float(task.surface.latency_ms(task.grid.percents[-1], task.grid.batches[0]))
@@ -216,7 +241,15 @@ def _row(case: _Case, plan: JointPlan, placed: Placed, rate_scale: float) -> Mod
         rate_per_s=rate,
         weight=demand.weight,
         on_late=demand.on_late,
+        memory_limit_mb=_memory_limit_mb(case, task),
     )
+
+
+def _memory_limit_mb(case: _Case, task: JointTask) -> int | None:
+    """Room above what the profile saw: other batch sizes and a second graph must not end a sound instance."""
+    if not case.options.memory_limits or not task.memory_bytes or case.device.driver == CPU_DRIVER:
+        return None
+    return math.ceil(max(1.25 * task.memory_bytes, task.memory_bytes + (512 << 20)) / (1 << 20))
 
 
 def _beside(case: _Case, plan: JointPlan, gpu: int, item: tuple[JointTask, Candidate]) -> float:

@@ -9,7 +9,9 @@ from dstack_sched.domain.workload import OnLate
 
 @dataclass(frozen=True, slots=True)
 class Replica:
-    """One instance of a model: on which GPU, with how much of it, taking which share of the rate."""
+    """One instance of a model: on which GPU, with how much of it, taking which share of the rate.
+
+    All replicas of a model have the same GPU%: a config states one (decisions/0070)."""
 
     gpu: int
     gpu_percent: float
@@ -23,7 +25,7 @@ class ModelPlan:
     latency_ms: predicted f(p, b) with co-runners; throughput_per_s: of all replicas running back to back;
     efficacy: b / (p f^2) in 1/(percent ms^2); utilization: rate / throughput.
     slo_ms, rate_per_s, weight and on_late repeat the demand planned for, so that a plan can be applied by
-    itself; slo_ms None: best effort.
+    itself; slo_ms None: best effort. memory_limit_mb: bound of one instance's GPU memory (MPS), None: none.
     """
 
     gpu: int
@@ -40,6 +42,7 @@ class ModelPlan:
     rate_per_s: float = 0.0
     weight: float = 1.0
     on_late: OnLate = OnLate.SERVE
+    memory_limit_mb: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
