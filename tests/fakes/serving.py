@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from dstack_sched.adapters.repository import DiskRepository
+from dstack_sched.domain.served_model import ServedModel
 from dstack_sched.errors import ServerError
 
 
@@ -69,6 +70,11 @@ class FakeServer:
 
     def models(self) -> Mapping[str, str]:
         return {m: "READY" if m in self.in_force else "UNAVAILABLE" for m in self.repository.models()}
+
+    def index(self) -> Mapping[str, ServedModel]:
+        return {
+            model: ServedModel(state, "", int(state == "READY")) for model, state in self.models().items()
+        }
 
     def is_model_ready(self, model: str) -> bool:
         return model in self.in_force

@@ -2,33 +2,56 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
+import os
 from collections import deque
 from pathlib import Path
 from typing import Any
 
-from dstack_sched.errors import InputError
+log = logging.getLogger("dstack.decisions")
 
 FILE_NAME = "decisions.jsonl"
 MAX_BYTES = 4 * 1024 * 1024
 
 
 class FileDecisionLog:
-    """STATE/decisions.jsonl; past MAX_BYTES it becomes decisions.jsonl.1 and a new one begins."""
+    """STATE/decisions.jsonl; past MAX_BYTES it becomes decisions.jsonl.1 and a new one begins.
+
+    What cannot be written (a full disk, say) is lost and counted in `lost`, and the first loss of a row is
+    said: nobody who decides must stop because of his diary.
+    """
 
     def __init__(self, state: Path) -> None:
         self.path = state / FILE_NAME
+        self.lost = 0
+        self._complained = False
 
     def append(self, entry: dict[str, Any]) -> None:
-        """Errors: InputError where the state directory cannot be written."""
-        line = json.dumps(entry, separators=(",", ":"), allow_nan=False) + "\n"
+        """One write, so that a second process that logs here mixes lines, not parts of lines."""
+        line = (json.dumps(entry, separators=(",", ":"), allow_nan=False) + "\n").encode()
         try:
             if self.path.exists() and self.path.stat().st_size + len(line) > MAX_BYTES:
                 self.path.replace(self.path.with_name(FILE_NAME + ".1"))
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(line)
+            self._write(line)
+            self._complained = False
         except OSError as error:
-            raise InputError(f"{self.path}: {error.strerror}; choose another with --state DIR") from error
+            self.lost += 1
+            if not self._complained:
+                log.warning("%s: decisions are not kept: %s", self.path, error.strerror)
+                self._complained = True
+
+    def _write(self, line: bytes) -> None:
+        """All of it or nothing: half a line on a full disk would spoil the next one."""
+        descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            written = os.write(descriptor, line)
+            if written < len(line):
+                os.ftruncate(descriptor, os.fstat(descriptor).st_size - written)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        finally:
+            os.close(descriptor)
 
     def last(self, count: int) -> list[dict[str, Any]]:
         """The newest entries, oldest first. A line cut short by a crash is passed over."""

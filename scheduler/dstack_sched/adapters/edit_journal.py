@@ -1,22 +1,21 @@
 """ports.EditJournal in the state directory: one file while a plan is being put in force.
 
-STATE/edits/<repository>/edits.json, where <repository> is a hash of its real path. A lock file beside it
-keeps two controllers from rewriting one repository at a time.
+STATE/edits/<repository>/edits.json, where <repository> is a hash of its real path. The repository is locked
+meanwhile, so that no two rewrite it at a time.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO
 
+from dstack_sched.adapters.repository_lock import RepositoryLock
 from dstack_sched.domain.change import ConfigEdit
-from dstack_sched.errors import InputError, MachineError
+from dstack_sched.errors import InputError
 
 VERSION = 1
 
@@ -24,41 +23,27 @@ VERSION = 1
 class FileEditJournal:
     """The journal of one repository; hold it as a context manager while rewriting.
 
-    Raises MachineError while another controller holds it, InputError where the state directory fails.
+    wait_s: how long to wait for another one to end. Raises MachineError while another one holds it,
+    InputError where the state directory fails.
     """
 
-    def __init__(self, state: Path, repository: Path) -> None:
+    def __init__(self, state: Path, repository: Path, *, wait_s: float = 0.0) -> None:
         identity = hashlib.sha256(os.fsencode(repository.resolve())).hexdigest()[:16]
         self.folder = state / "edits" / identity
         self._path = self.folder / "edits.json"
-        self._repository = repository
-        self._lock: IO[str] | None = None
+        self.lock = RepositoryLock(repository, beside=self.folder / "lock", wait_s=wait_s)
 
     def __enter__(self) -> FileEditJournal:
+        self.lock.__enter__()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            lock = (self.folder / "lock").open("a+")
         except OSError as error:
+            self.lock.__exit__()
             raise InputError(f"{self.folder}: {error.strerror}; choose another with --state DIR") from error
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            lock.seek(0)
-            holder = lock.read(20).strip()
-            lock.close()
-            raise MachineError(
-                f"{self._repository}: dstackctl (pid {holder or 'unknown'}) is rewriting it; wait for its end"
-            ) from None
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
-        self._lock = lock
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._lock is not None:
-            self._lock.close()  # and with it goes the lock
-            self._lock = None
+        self.lock.__exit__()
 
     def begin(self, edits: Iterable[ConfigEdit]) -> None:
         body = {"version": VERSION, "edits": [asdict(edit) for edit in edits]}
@@ -76,7 +61,11 @@ class FileEditJournal:
             ) from error
 
     def end(self) -> None:
-        self._path.unlink(missing_ok=True)
+        """Raises InputError where the file cannot be removed: what it says will be finished (again)."""
+        try:
+            self._path.unlink(missing_ok=True)
+        except OSError as error:
+            raise InputError(f"{self._path}: the journal cannot be removed ({error.strerror})") from error
 
     def pending(self) -> tuple[ConfigEdit, ...]:
         """The edits of a plan that was begun and not ended. Raises InputError for a file that is broken."""

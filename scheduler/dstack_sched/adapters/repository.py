@@ -94,6 +94,19 @@ class DiskRepository:
         except OSError as error:
             raise _failed(path, "cannot be written, the file is as it was", error) from error
 
+    def make_newer(self, model: str) -> None:
+        """Make the model's version directories newer than all in them, so that the next load is a full one: a
+        newer config of equal content is none (decisions/0030). No content changes."""
+        versions = [path for path in self.model_dir(model).iterdir() if path.name.isdigit() and path.is_dir()]
+        if not versions:
+            raise InputError(f"model {model}: {self.model_dir(model)} has no version directory")
+        for version in versions:
+            try:
+                newest = max(path.stat().st_mtime_ns for path in (version, *version.rglob("*")))
+                _touch(version, newest)
+            except OSError as error:
+                raise _failed(version, "its time stamp cannot be set", error) from error
+
     def sweep(self) -> None:
         """Remove temporary files that a killed controller left. Only for the holder of the journal's lock."""
         for folder in (self.root, *(self.root / model for model in self.models())):
@@ -143,11 +156,19 @@ def _replace(path: Path, temporary_dir: Path, data: bytes) -> None:
 
 def _make_newer(path: Path, than_ns: int) -> None:
     """Triton reloads a model only when a time stamp has grown; clocks jump and file systems round."""
-    if path.stat().st_mtime_ns > than_ns:
-        return
-    os.utime(path, ns=(time.time_ns(), than_ns + 1_000_000))
     if path.stat().st_mtime_ns <= than_ns:
-        os.utime(path, ns=(time.time_ns(), than_ns + COARSE_TIME_STEP_NS))
+        _touch(path, than_ns)
+
+
+def _touch(path: Path, than_ns: int) -> None:
+    """The time now, or just past `than_ns` where that lies in the future."""
+    now_ns = time.time_ns()
+    try:
+        os.utime(path, ns=(now_ns, max(now_ns, than_ns + 1_000_000)))
+    except PermissionError:  # another's file that we may write: the time now, and no other
+        os.utime(path)
+    if path.stat().st_mtime_ns <= than_ns:
+        os.utime(path, ns=(now_ns, than_ns + COARSE_TIME_STEP_NS))
 
 
 def _flush_directory(directory: Path) -> None:

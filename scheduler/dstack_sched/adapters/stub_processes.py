@@ -54,7 +54,7 @@ class LocalStubProcesses:
         return self._blind
 
     def _find_server(self) -> psutil.Process | None:
-        if self._server is not None and self._server.is_running():
+        if self._server is not None and _runs(self._server.pid) and self._server.is_running():
             return self._server
         host, _, port = self._url.rpartition(":")
         self._server = None

@@ -13,10 +13,20 @@ from google.protobuf.message import Message
 from tritonclient.utils import InferenceServerException
 
 from dstack_sched.adapters.triton_connection import ConnectionOptions
+from dstack_sched.domain.served_model import READY, ServedModel
 from dstack_sched.errors import MachineError, ServerError
 
 CALL_TIMEOUT_S = 10.0
 LOAD_TIMEOUT_S = 600.0  # large models read their weights here
+STATES = ("UNAVAILABLE", "UNLOADING", "LOADING", "READY")
+# A server that was away for minutes is found again within seconds (gRPC's own limit is two minutes). The
+# sizes are those that tritonclient sets by itself.
+CHANNEL_ARGUMENTS = [
+    ("grpc.max_send_message_length", triton.MAX_GRPC_MESSAGE_SIZE),
+    ("grpc.max_receive_message_length", triton.MAX_GRPC_MESSAGE_SIZE),
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.max_reconnect_backoff_ms", 2000),
+]
 T = TypeVar("T")
 
 
@@ -38,6 +48,7 @@ class TritonClient:
             root_certificates=_text(options.tls_ca),
             private_key=_text(options.tls_key),
             certificate_chain=_text(options.tls_cert),
+            channel_args=CHANNEL_ARGUMENTS,
         )
 
     def __enter__(self) -> TritonClient:
@@ -71,13 +82,19 @@ class TritonClient:
 
     def models(self) -> dict[str, str]:
         """Model -> state of its best version: READY, LOADING, UNLOADING, UNAVAILABLE (or never loaded)."""
+        return {model: served.state for model, served in self.index().items()}
+
+    def index(self) -> dict[str, ServedModel]:
+        """All models of the repository; a model of several versions is as well as its best one."""
         answer = self._call("the repository index", self._client.get_model_repository_index, CALL_TIMEOUT_S)
-        order = ("UNAVAILABLE", "UNLOADING", "LOADING", "READY")
-        states: dict[str, str] = {}
+        found: dict[str, ServedModel] = {}
         for entry in answer.models:
             state = entry.state or "UNAVAILABLE"
-            states[entry.name] = max(states.get(entry.name, state), state, key=order.index)
-        return states
+            known = found.get(entry.name, ServedModel(state, entry.reason))
+            best = max(known.state, state, key=STATES.index)
+            reason = known.reason or entry.reason
+            found[entry.name] = ServedModel(best, reason, known.ready_versions + (state == READY))
+        return found
 
     def is_model_ready(self, model: str) -> bool:
         """Whether the model can take requests; False for an unknown one."""

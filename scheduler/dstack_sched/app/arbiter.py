@@ -244,7 +244,7 @@ class ArbiterService:
         try:
             match verb:
                 case "ping":
-                    return {"ok": True, "pid": os.getpid(), "policy": self.policy}
+                    return {"ok": True} | self._about(now_us)
                 case "plan":
                     return {"ok": True} | self._set_plans(gpus_from_json(body.get("gpus")), now_us, out)
                 case "status":
@@ -295,14 +295,12 @@ class ArbiterService:
 
     def status(self, now_us: int) -> dict[str, Any]:
         """See arbiter_view.status; and who answers."""
-        about = {
-            "version": 1,
-            "pid": os.getpid(),
-            "policy": self.policy,
-            "uptime_s": round((now_us - self._started_us) / 1e6, 3),
-            **self._also_report(),
-        }
+        about = {"version": 1, **self._about(now_us), **self._also_report()}
         return about | arbiter_view.status(self._gpus, self._sessions.values(), self.record, now_us)
+
+    def _about(self, now_us: int) -> dict[str, Any]:
+        uptime_s = round((now_us - self._started_us) / 1e6, 3)
+        return {"pid": os.getpid(), "policy": self.policy, "uptime_s": uptime_s}
 
     def _run_times(self, model: object) -> dict[str, Any]:
         """Runs of one model as [GPU%, rows, runs, p50 us, p99 us], the slowdown by co-runners taken out."""

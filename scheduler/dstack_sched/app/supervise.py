@@ -61,7 +61,7 @@ class Supervisor:
             raise
 
     def check(self) -> None:
-        """Look after each once. Errors: MachineError when one is down that may not be restarted (any more)."""
+        """Look after each once. Errors: MachineError when one is down that may not be restarted any more."""
         for each in self._started:
             why = each.service.failure()
             now_us = self._clock.now_us()

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from dstack_backend.endpoint import socket_path
@@ -18,7 +19,7 @@ from dstack_sched.adapters.repository import DiskRepository
 from dstack_sched.adapters.stub_processes import LocalStubProcesses
 from dstack_sched.adapters.triton_client import TritonClient
 from dstack_sched.app.apply import Applier, stated_plan
-from dstack_sched.app.arbiter_plans import send_plans
+from dstack_sched.app.arbiter_plans import ArbiterPlans
 from dstack_sched.app.edits import ConfigEdits
 from dstack_sched.cli.common import say
 from dstack_sched.domain.change import ApplyReport
@@ -26,6 +27,8 @@ from dstack_sched.domain.plan import Plan
 from dstack_sched.domain.profile import Device, ProfileSet
 from dstack_sched.domain.workload import ModelDemand, Workload
 from dstack_sched.errors import InputError, MachineError
+
+OTHERS_END_WITHIN_S = 30.0  # `serve` and `run` reload what died, which takes a moment
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,11 @@ class Deployment:
     server: TritonClient
     state: Path
     socket: Path | None = None
+
+    @cached_property
+    def arbiter_plans(self) -> ArbiterPlans:
+        """What the arbiter was told last."""
+        return ArbiterPlans(SocketArbiterClient(self.socket or socket_path()), SystemClock())
 
     def apply(self, plan: Plan, profiles: ProfileSet, workload: Workload) -> ApplyReport:
         """Finish what an earlier controller left, put the plan in force, and tell the arbiter.
@@ -58,7 +66,7 @@ class Deployment:
     def edits(self) -> Iterator[ConfigEdits]:
         """The only one at work on this repository, with nothing half done behind it."""
         stubs = LocalStubProcesses(self.server.url)
-        with FileEditJournal(self.state, self.repository.root) as journal:
+        with FileEditJournal(self.state, self.repository.root, wait_s=OTHERS_END_WITHIN_S) as journal:
             self.repository.sweep()
             edits = ConfigEdits(self.repository, self.server, journal, stubs, SystemClock(), say_progress)
             for line in edits.recover():
@@ -68,15 +76,12 @@ class Deployment:
     def tell_arbiter(self, plan: Plan, profiles: ProfileSet, workload: Workload) -> None:
         """The plan as the engines take it. The configs are in force by now, so trouble here is said only:
         without an arbiter the models run ungated, and one that refuses a plan keeps its old one."""
-        client = SocketArbiterClient(self.socket or socket_path())
         try:
-            send_plans(client, plan, profiles, workload)
+            self.arbiter_plans.tell(plan, profiles, workload)
         except MachineError as error:
             say(f"{error}; until then models run ungated at their GPU%")
         except InputError as error:
             say(f"{error}; the configs are in force, the arbiter keeps its old plan")
-        finally:
-            client.close()
 
     def stated(self, plan: Plan) -> Plan:
         return stated_plan(self.repository, plan)

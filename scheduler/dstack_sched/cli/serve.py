@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from dstack_sched.adapters.clock import SystemClock
+from dstack_sched.adapters.repository import DiskRepository
+from dstack_sched.adapters.triton_client import TritonClient
+from dstack_sched.app.telemetry import HealthTelemetry, NoMetrics
 from dstack_sched.cli import app
 from dstack_sched.cli.common import (
     JsonOption,
@@ -18,6 +24,7 @@ from dstack_sched.cli.common import (
     say,
     state_dir,
 )
+from dstack_sched.cli.healing import HealthThread, make_health, model_guards
 from dstack_sched.cli.host import LOOK_AGAIN_S, Host, HostOptions, open_host
 from dstack_sched.errors import ServerError
 
@@ -45,8 +52,9 @@ def serve(
 ) -> None:
     """Serve a model repository until Ctrl-C, which stops everything and leaves nothing behind.
 
-    Triton runs in explicit model control; all models of the repository are loaded. A dead arbiter is started
-    again; requests go on meanwhile.
+    Triton runs in explicit model control; all models of the repository are loaded. What dies comes back by
+    itself: the arbiter (requests go on meanwhile), MPS, Triton, the processes of a model. What keeps dying is
+    given up with one line; the rest is served on. Faults: dstackctl status --why.
 
     Example: dstackctl serve model_repository --grpc-port 9001
     """
@@ -66,11 +74,26 @@ def serve(
     try:
         with open_host(options) as host:
             show(host, host.load_models(), json_output)
-            while True:
-                time.sleep(LOOK_AGAIN_S)
-                host.check()
+            with TritonClient(host.triton.grpc_url) as server, looked_after(server, host, state):
+                while True:
+                    time.sleep(LOOK_AGAIN_S)
+                    host.check()
     except KeyboardInterrupt:
         say("stopped")
+
+
+@contextmanager
+def looked_after(server: TritonClient, host: Host, state: Path) -> Iterator[None]:
+    """Models whose processes die, or that a restarted Triton has not loaded, come back by themselves."""
+    repository = DiskRepository(host.options.repository)
+    telemetry = HealthTelemetry(NoMetrics(), SystemClock())
+    health = make_health(model_guards(server, repository), state, repository, telemetry)
+    thread = HealthThread(health.check)
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.stop()
 
 
 def show(host: Host, outcome: dict[str, str | None], as_json: bool) -> None:

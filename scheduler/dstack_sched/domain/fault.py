@@ -7,7 +7,7 @@ from enum import Enum
 
 
 class FaultKind(str, Enum):
-    """The faults that are looked for; the values are label values of metrics and words of the decision log."""
+    """The faults that are looked for; values are labels of metrics and words of the decision log."""
 
     STUB_DEAD = "stub_dead"
     MODEL_NOT_LOADED = "model_not_loaded"

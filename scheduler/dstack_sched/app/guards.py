@@ -1,0 +1,167 @@
+"""The guards: each looks for one kind of fault of a deployment, and knows how to mend it (health.Guard)."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+from dstack_sched.app.arbiter_plans import ArbiterPlans
+from dstack_sched.app.revive import Reviver
+from dstack_sched.domain.fault import Fault, FaultKind
+from dstack_sched.domain.model_config import BACKEND
+from dstack_sched.domain.served_model import READY, UNLOADED_BY_HAND, ServedModel
+from dstack_sched.errors import DstackError
+from dstack_sched.ports import ArbiterClient, ModelServer, StubProcesses
+
+FOREIGN_FOR_US = 10_000_000
+
+
+class StubGuard:
+    """Models that Triton calls READY though a stub process of theirs is gone.
+
+    Triton 2.51 does not show it, nor start another one. Only models of our backend, and only on a host whose
+    processes we see; `models` None: all of them.
+    """
+
+    kind = FaultKind.STUB_DEAD
+
+    def __init__(
+        self,
+        server: ModelServer,
+        stubs: StubProcesses,
+        reviver: Reviver,
+        models: Collection[str] | None = None,
+    ) -> None:
+        self._server = server
+        self._stubs = stubs
+        self._reviver = reviver
+        self._models = models
+        self._whole: dict[str, frozenset[int]] = {}  # the stubs of models that had all of theirs
+        self._foreign_until_us: dict[str, int] = {}
+
+    def look(self, now_us: int) -> Iterator[Fault]:
+        for model, served in self._server.index().items():
+            if self._models is not None and model not in self._models:
+                continue
+            missing = self._missing(model, served, now_us)
+            if missing:
+                yield Fault(self.kind, model, now_us, missing)
+
+    def mend(self, fault: Fault) -> str:
+        self._reviver.restart(fault.subject)
+        return "loaded again, with new stub processes"
+
+    def _missing(self, model: str, served: ServedModel, now_us: int) -> str:
+        """What is gone, "" where nothing is. As long as those seen last live, nobody else is asked."""
+        if served.state != READY or now_us < self._foreign_until_us.get(model, 0):
+            self._whole.pop(model, None)
+            return ""
+        whole = self._whole.get(model)
+        if whole and self._stubs.alive(whole) == whole:
+            return ""
+        config = self._server.config(model)
+        if config.get("backend") != BACKEND:
+            self._foreign_until_us[model] = now_us + FOREIGN_FOR_US
+            return ""
+        pids = self._stubs.pids(model)
+        wanted = instances(config) * served.ready_versions
+        if pids is None:
+            return ""
+        if len(pids) >= wanted:
+            self._whole[model] = pids
+            return ""
+        return f"{wanted - len(pids)} of {wanted} stub processes are dead; Triton does not start them again"
+
+
+class LoadedGuard:
+    """Models that were served and are not loaded now: Triton came back without them.
+
+    One that somebody unloaded on purpose is left alone. `models` None: all that were seen READY.
+    """
+
+    kind = FaultKind.MODEL_NOT_LOADED
+
+    def __init__(self, server: ModelServer, reviver: Reviver, models: Collection[str] | None = None) -> None:
+        self._server = server
+        self._reviver = reviver
+        self._models = models
+        self._served: set[str] = set()
+
+    def look(self, now_us: int) -> Iterator[Fault]:
+        index = self._server.index()
+        for model, now in index.items():
+            if now.state == READY and (self._models is None or model in self._models):
+                self._served.add(model)
+            elif now.reason == UNLOADED_BY_HAND:
+                self._served.discard(model)
+        self._served &= index.keys()
+        for model in sorted(self._served):
+            if index[model].state == "UNAVAILABLE":
+                why = f" ({index[model].reason})" if index[model].reason else ""
+                yield Fault(self.kind, model, now_us, f"was served and is not loaded any more{why}")
+
+    def mend(self, fault: Fault) -> str:
+        self._reviver.load(fault.subject)
+        return "loaded as it is on disk"
+
+
+class ServerGuard:
+    """A Triton that does not answer. Whoever started it starts it again; we go on when it is back."""
+
+    kind = FaultKind.SERVER_AWAY
+
+    def __init__(self, server: ModelServer, name: str) -> None:
+        self._server = server
+        self._name = name
+
+    def look(self, now_us: int) -> Iterator[Fault]:
+        if not self._server.is_ready():
+            yield Fault(self.kind, self._name, now_us, "does not answer; waiting for it to come back")
+
+    def mend(self, fault: Fault) -> None:
+        return None
+
+
+class ArbiterGuard:
+    """An arbiter that does not answer. Models run ungated at their GPU% until it is back."""
+
+    kind = FaultKind.ARBITER_AWAY
+
+    def __init__(self, arbiter: ArbiterClient) -> None:
+        self._arbiter = arbiter
+
+    def look(self, now_us: int) -> Iterator[Fault]:
+        try:
+            self._arbiter.request("ping")
+        except DstackError as error:
+            yield Fault(self.kind, "arbiter", now_us, f"{error}; models run ungated at their GPU% until then")
+
+    def mend(self, fault: Fault) -> None:
+        return None
+
+
+class ArbiterPlanGuard:
+    """An arbiter that was not told the plan in force: a new one, or one that missed the telling."""
+
+    kind = FaultKind.ARBITER_WITHOUT_PLAN
+
+    def __init__(self, plans: ArbiterPlans) -> None:
+        self._plans = plans
+
+    def look(self, now_us: int) -> Iterator[Fault]:
+        missing = self._plans.missing()
+        if missing:
+            yield Fault(self.kind, "arbiter", now_us, missing)
+
+    def mend(self, fault: Fault) -> str:
+        self._plans.send()
+        return "told the plan in force"
+
+
+def instances(config: Mapping[str, Any]) -> int:
+    """Instances, each a stub process, that a config in force asks for (Triton filled in what it left out)."""
+    total = 0
+    for group in config.get("instance_group", ()):
+        gpus = len(group.get("gpus", ())) if group.get("kind") == "KIND_GPU" else 1
+        total += int(group.get("count", 1)) * max(1, gpus)
+    return max(1, total)

@@ -1,0 +1,89 @@
+"""Health as `serve` and `run` use it: which guards, over which adapters."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Collection, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from dstack_sched.adapters.clock import SystemClock
+from dstack_sched.adapters.decision_log import FileDecisionLog
+from dstack_sched.adapters.edit_journal import FileEditJournal
+from dstack_sched.adapters.repository import DiskRepository
+from dstack_sched.adapters.stub_processes import LocalStubProcesses
+from dstack_sched.adapters.triton_client import TritonClient
+from dstack_sched.app.arbiter_plans import ArbiterPlans
+from dstack_sched.app.guards import ArbiterGuard, ArbiterPlanGuard, LoadedGuard, ServerGuard, StubGuard
+from dstack_sched.app.health import Guard, Health, HealthSettings
+from dstack_sched.app.revive import Reviver
+from dstack_sched.app.telemetry import HealthTelemetry
+from dstack_sched.cli.common import say
+
+LOOK_EVERY_S = 0.5
+LOADS_AT_ONCE = 4
+# A controller leaves `serve` the time to mend what it sees, too.
+CONTROLLER = HealthSettings(confirm_s=4.0)
+
+
+def model_guards(
+    server: TritonClient, repository: DiskRepository, models: Collection[str] | None = None
+) -> list[Guard]:
+    """For the models of one Triton; None: all of them."""
+    reviver = Reviver(repository, server, SystemClock())
+    stubs = LocalStubProcesses(server.url)
+    return [StubGuard(server, stubs, reviver, models), LoadedGuard(server, reviver, models)]
+
+
+def controller_guards(
+    server: TritonClient, repository: DiskRepository, models: Collection[str], plans: ArbiterPlans
+) -> list[Guard]:
+    """For `run`: the server and the arbiter may be another's, and come and go."""
+    return [
+        ServerGuard(server, "triton"),
+        *model_guards(server, repository, models),
+        ArbiterGuard(plans.arbiter),
+        ArbiterPlanGuard(plans),
+    ]
+
+
+def make_health(
+    guards: Iterable[Guard],
+    state: Path,
+    repository: DiskRepository,
+    telemetry: HealthTelemetry,
+    settings: HealthSettings | None = None,
+) -> Health:
+    """Mends at most LOADS_AT_ONCE things at a time, and never while configs are being rewritten."""
+    pool = ThreadPoolExecutor(LOADS_AT_ONCE, thread_name_prefix="mend")
+    return Health(
+        guards,
+        SystemClock(),
+        FileDecisionLog(state),
+        telemetry,
+        settings=settings,
+        alone=lambda: FileEditJournal(state, repository.root).lock,
+        each=pool.map,
+        say=say,
+    )
+
+
+class HealthThread:
+    """Checks in a thread of its own: a load that takes minutes keeps nobody else from being looked after."""
+
+    def __init__(self, check: Callable[[], object], every_s: float = LOOK_EVERY_S) -> None:
+        self._check = check
+        self._every_s = every_s
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="health", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """No further check; one under way is not waited for: it may be loading a model for minutes."""
+        self._stop.set()
+
+    def _run(self) -> None:
+        while not self._stop.wait(self._every_s):
+            self._check()
