@@ -9,6 +9,7 @@ import pytest
 from dstack_sched.adapters.edit_journal import FileEditJournal
 from dstack_sched.adapters.repository import DiskRepository
 from dstack_sched.app.apply import Applier
+from dstack_sched.app.changes import Reach
 from dstack_sched.app.edits import ConfigEdits
 from dstack_sched.domain.plan import ModelPlan, Plan, Replica
 from dstack_sched.errors import InputError, MachineError
@@ -276,3 +277,42 @@ def test_old_stubs_that_never_go_are_reported_not_waited_for_ever(world: World) 
     report = world.applier.apply(plan(detect=row(60, 4)))
     assert [outcome.old_stubs_gone for outcome in report.outcomes] == [False]
     assert any("are still there after 60 s" in line for line in world.said)
+
+
+def test_what_instances_are_told_is_stated_without_a_load(world: World) -> None:
+    """Guards against reloads for a batch size: the arbiter told the instances, the file follows."""
+    world.applier.apply(plan(detect=row(60, 4), voice=row(30, 1)))
+    world.server.loads.clear()
+    told = plan(detect=row(60, 8, slo_ms=80.0), voice=row(30, 1))
+    report = world.applier.apply(told, Reach(arbiter=True))
+    assert world.server.loads == []
+    assert {each.model: each.action for each in report.outcomes} == {"detect": "told", "voice": "unchanged"}
+    assert report.loads == 0
+    text = str(world.repository.read_config("detect"))
+    assert 'key: "batch_size" value { string_value: "8" }' in text
+    assert 'key: "slo_ms" value { string_value: "80" }' in text
+    assert world.applier.apply(told, Reach(arbiter=True)).outcomes[0].action == "unchanged"
+    # Without an arbiter nobody was told: the next plan brings all of it into force.
+    assert world.applier.apply(told).reloads == 1
+
+
+def test_a_share_is_a_load_unless_the_model_has_levels(world: World) -> None:
+    world.applier.apply(plan(detect=row(60, 4), voice=row(30, 1)))
+    reach = Reach(arbiter=True, levels=("detect",))
+    assert world.applier.apply(plan(detect=row(40, 4)), reach).reloads == 1, "its config has no levels"
+    path = world.repository.config_path("detect")
+    path.write_text(path.read_text() + 'parameters { key: "levels" value { string_value: "auto" } }\n')
+    world.server.loads.clear()
+    report = world.applier.apply(plan(detect=row(20, 4), voice=row(50, 1)), reach)
+    assert {each.model: each.action for each in report.outcomes} == {"detect": "told", "voice": "reloaded"}
+    assert world.server.loads == ["voice"]
+    assert '"gpu_percent" value { string_value: "20" }' in str(world.repository.read_config("detect"))
+
+
+def test_files_that_need_no_load_are_put_back_when_a_load_fails(world: World) -> None:
+    world.applier.apply(plan(detect=row(60, 4), voice=row(30, 1)))
+    before = world.texts()
+    world.server.fails = lambda model, parameters: "no" if parameters.get("gpu_percent") == "50" else ""
+    with pytest.raises(InputError):
+        world.applier.apply(plan(detect=row(60, 8), voice=row(50, 1)), Reach(arbiter=True))
+    assert world.texts() == before

@@ -1,4 +1,7 @@
-"""Put a plan in force: the config edits that state it, checked before any of them is made (app/edits.py)."""
+"""Put a plan in force: the config edits that state it, checked before any of them is made (app/edits.py).
+
+What running instances take by message (app/changes.py) is stated by the file alone: no load, nobody waits.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +9,23 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from dstack_sched.app.changes import Reach
 from dstack_sched.app.edits import ConfigEdits, Done, Step
-from dstack_sched.domain.change import ApplyReport, ConfigEdit, ModelOutcome
+from dstack_sched.domain.change import Action, ApplyReport, ConfigEdit, ModelOutcome
 from dstack_sched.domain.model_config import BACKEND, ConfigChange, InstanceGroup, ModelConfig
-from dstack_sched.domain.plan import ModelPlan, Plan
+from dstack_sched.domain.plan import ModelPlan, Plan, Replica
+from dstack_sched.domain.workload import OnLate
 from dstack_sched.errors import InputError
 from dstack_sched.ports import ModelRepository, ModelServer
+
+TOLD = frozenset({"batch_size", "slo_ms", "on_late"})  # parameters that the arbiter tells running instances
+NOBODY = Reach(arbiter=False)
 
 
 @dataclass(frozen=True, slots=True)
 class Rewrite:
-    """One model's part of a plan, checked: the edit of its config and the parameters in force after it."""
+    """One model's part of a plan, checked: the edit of its config and the parameters that Triton must have in
+    force after it (those that instances are told may lag behind there)."""
 
     model: str
     plan: ModelPlan
@@ -91,10 +100,26 @@ def stated_plan(repository: ModelRepository, plan: Plan) -> Plan:
                 gpu_percent=float(config.parameters["gpu_percent"]),
                 batch_size=int(config.parameters["batch_size"]),
                 slo_ms=float(config.parameters["slo_ms"]) if "slo_ms" in config.parameters else None,
+                on_late=OnLate(config.parameters.get("on_late", OnLate.SERVE.value)),
+                **_placement(row, config),
             )
         except (KeyError, ValueError):
             continue
     return replace(plan, models=rows)
+
+
+def _placement(row: ModelPlan, config: ModelConfig) -> dict[str, Any]:
+    """Where the config places the model's instances; nothing where it leaves that to Triton."""
+    gpus = sorted({gpu for group in config.instance_groups for gpu in group.gpus})
+    if not gpus:
+        return {}
+    percent, rate = float(config.parameters["gpu_percent"]), row.rate_per_s / len(gpus)
+    return {"gpu": gpus[0], "replicas": tuple(Replica(gpu, percent, rate) for gpu in gpus)}
+
+
+def has_levels(config: ModelConfig) -> bool:
+    """Whether the model's instances take any share from batch to batch (backend parameter `levels`)."""
+    return config.parameters.get("levels", "off") != "off"
 
 
 class Applier:
@@ -105,7 +130,7 @@ class Applier:
         self._server = server
         self._edits = edits
 
-    def check(self, plan: Plan) -> tuple[Rewrite, ...]:
+    def check(self, plan: Plan, reach: Reach = NOBODY) -> tuple[Rewrite, ...]:
         """Every rewrite the plan asks for, each checked; nothing is touched. Raises InputError."""
         present = self._repository.models()
         missing = [model for model in plan.models if model not in present]
@@ -115,22 +140,26 @@ class Applier:
                 f"it has {', '.join(present)}: plan again for this repository"
             )
         states = self._server.models()
-        rewrites = [self._rewrite(model, plan, states.get(model) == "READY") for model in plan.models]
+        rewrites = [self._rewrite(model, plan, states.get(model) == "READY", reach) for model in plan.models]
         return tuple(sorted(rewrites, key=lambda rewrite: rewrite.growth_percent))
 
-    def apply(self, plan: Plan) -> ApplyReport:
-        """Put the plan in force, shrinking models first. Raises InputError with all as it was before."""
-        rewrites = self.check(plan)
+    def apply(self, plan: Plan, reach: Reach = NOBODY) -> ApplyReport:
+        """Put the plan in force: files that need no load first, then loads, shrinking models first.
+
+        reach: what running instances have been told of this plan. Raises InputError with all as before.
+        """
+        rewrites = self.check(plan, reach)
         todo = [rewrite for rewrite in rewrites if not self._in_force(rewrite)]
+        todo.sort(key=lambda rewrite: rewrite.edit.load)
         steps = [Step(each.edit, _saying(each.plan), stating(each.parameters)) for each in todo]
         done = {each.model: each for each in self._edits.put_in_force(steps, "the plan")}
         outcomes = [
             _outcome(each, done.get(each.model)) for each in sorted(rewrites, key=lambda each: each in todo)
         ]
-        blind = any(each.old_stubs_gone is None for each in done.values())
+        blind = any(done[each.model].old_stubs_gone is None for each in todo if each.edit.load)
         return ApplyReport(tuple(outcomes), (self._edits.blind_reason(),) if blind else ())
 
-    def _rewrite(self, model: str, plan: Plan, ready: bool) -> Rewrite:
+    def _rewrite(self, model: str, plan: Plan, ready: bool, reach: Reach) -> Rewrite:
         row = plan.models[model]
         config = self._repository.config(model)
         where = self._repository.config_path(model)
@@ -152,27 +181,39 @@ class Applier:
                 "raise it, or profile and plan again"
             )
         change = plan_change(row, config, len(plan.gpus))
-        edit = ConfigEdit(model, text, self._repository.edited(model, change), ready)
         parameters = {key: value for key, value in change.parameters.items() if value is not None}
+        if reach.arbiter:
+            told = TOLD | {"gpu_percent"} if model in reach.levels and has_levels(config) else TOLD
+            parameters = {key: value for key, value in parameters.items() if key not in told}
+        load = not (ready and self._loaded(model, config, change, parameters))
+        edit = ConfigEdit(model, text, self._repository.edited(model, change), ready, load)
         return Rewrite(model, row, edit, parameters, row.gpu_percent - _share(config))
+
+    def _loaded(
+        self, model: str, config: ModelConfig, change: ConfigChange, parameters: Mapping[str, str]
+    ) -> bool:
+        """Whether file and server have all of the change but what instances are told."""
+        return (
+            config.backend == change.backend
+            and all(_same(config.parameters.get(key), value) for key, value in parameters.items())
+            and change.max_queue_delay_us in (None, config.max_queue_delay_us)
+            and change.instance_groups in (None, config.instance_groups)
+            and states(self._server.config(model), parameters)
+        )
 
     def _in_force(self, rewrite: Rewrite) -> bool:
         """Whether disk and server both state it, so that nothing needs to be done."""
-        edit = rewrite.edit
-        return (
-            edit.old_text == edit.new_text
-            and edit.was_ready
-            and states(self._server.config(edit.model), rewrite.parameters)
-        )
+        return rewrite.edit.old_text == rewrite.edit.new_text and not rewrite.edit.load
 
 
 def _outcome(rewrite: Rewrite, done: Done | None) -> ModelOutcome:
     plan = rewrite.plan
     if done is None:
         return ModelOutcome(rewrite.model, "unchanged", plan.gpu_percent, plan.batch_size)
+    loaded: Action = "reloaded" if rewrite.edit.was_ready else "loaded"
     return ModelOutcome(
         rewrite.model,
-        "reloaded" if rewrite.edit.was_ready else "loaded",
+        loaded if rewrite.edit.load else "told",
         plan.gpu_percent,
         plan.batch_size,
         done.load_s,

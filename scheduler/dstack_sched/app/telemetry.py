@@ -138,7 +138,7 @@ class ControllerTelemetry:
         """Configs were rewritten and models loaded."""
         self._metrics.observe(table.APPLY_TIME, took_s)
         for outcome in report.outcomes:
-            if outcome.action != "unchanged":
+            if outcome.action in ("loaded", "reloaded"):
                 self._metrics.count(table.RELOADS, model=outcome.model)
 
     def changed(self, kind: str, count: int = 1) -> None:

@@ -5,27 +5,29 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Action = Literal["unchanged", "loaded", "reloaded"]
+Action = Literal["unchanged", "told", "loaded", "reloaded"]
 
 
 @dataclass(frozen=True, slots=True)
 class ConfigEdit:
     """One model's rewrite under way. A text of None means: no config file.
 
-    Kept in the journal from before the file is touched until the new version is known to serve. load: the
-    server is to load it; else only the file changes.
+    Kept in the journal from before the file is touched until the new version is known to serve. then: what
+    the server is to do. keep: the new text stays on disk even where the server refuses it.
     """
 
     model: str
     old_text: str | None
     new_text: str | None
     was_ready: bool
-    load: bool = True
+    then: Literal["load", "unload", "nothing"] = "load"
+    keep: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class ModelOutcome:
-    """What was done for one model. `old_stubs_gone` is None where they cannot be seen (a remote Triton)."""
+    """What was done for one model. told: its instances were told, the file states it, nothing was loaded.
+    `old_stubs_gone` is None where they cannot be seen (a remote Triton)."""
 
     model: str
     action: Action
@@ -48,4 +50,4 @@ class ApplyReport:
 
     @property
     def loads(self) -> int:
-        return sum(outcome.action != "unchanged" for outcome in self.outcomes)
+        return sum(outcome.action in ("loaded", "reloaded") for outcome in self.outcomes)
