@@ -15,6 +15,15 @@ class InputError(DstackError):
     """A config, model, profile, workload, plan or option cannot be used as it is."""
 
 
+class PlanRefusedError(InputError):
+    """A plan could not be put in force because of one model, say because it does not load with its new
+    config. All is as before, unless the text says otherwise."""
+
+    def __init__(self, model: str, text: str) -> None:
+        super().__init__(text)
+        self.model = model
+
+
 class MachineError(DstackError):
     """A part of the machine is missing or busy: server, stub, port, GPU, provider."""
 
