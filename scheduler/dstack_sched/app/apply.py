@@ -186,7 +186,9 @@ class Applier:
             told = TOLD | {"gpu_percent"} if model in reach.levels and has_levels(config) else TOLD
             parameters = {key: value for key, value in parameters.items() if key not in told}
         load = not (ready and self._loaded(model, config, change, parameters))
-        edit = ConfigEdit(model, text, self._repository.edited(model, change), ready, load)
+        edit = ConfigEdit(
+            model, text, self._repository.edited(model, change), ready, "load" if load else "nothing"
+        )
         return Rewrite(model, row, edit, parameters, row.gpu_percent - _share(config))
 
     def _loaded(

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dstack_sched.domain.change import ConfigEdit
-from dstack_sched.errors import DstackError, InputError, ServerError
+from dstack_sched.errors import DstackError, MachineError, PlanRefusedError, ServerError
 from dstack_sched.ports import Clock, EditJournal, ModelRepository, ModelServer, StubProcesses
 
 READY_TIMEOUT_S = 120.0
@@ -33,23 +33,27 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """A step in force. `old_stubs_gone` is None where they cannot be seen (a remote Triton), or none was."""
+    """A step in force. `old_stubs_gone` is None where they cannot be seen (a remote Triton), or none was.
+
+    error: why the server refused a text that is kept on disk all the same; "" where it did not.
+    """
 
     model: str
     load_s: float = 0.0
     old_stubs_gone: bool | None = None
+    error: str = ""
 
 
 class ConfigEdits:
     """Edits of one repository and its server. Not for several threads; hold the journal's lock.
 
-    Edits with `load` unset touch files only: without any of those with it, the server is never asked.
+    Without a server only edits that touch nothing but files can be made.
     """
 
     def __init__(
         self,
         repository: ModelRepository,
-        server: ModelServer,
+        server: ModelServer | None,
         journal: EditJournal,
         stubs: StubProcesses,
         clock: Clock,
@@ -65,7 +69,7 @@ class ConfigEdits:
     def put_in_force(self, steps: Sequence[Step], name: str) -> list[Done]:
         """All steps, in order. `name` is what they are together, for the error.
 
-        Raises InputError with all as it was before.
+        Raises PlanRefusedError with all as it was before.
         """
         if not steps:
             return []
@@ -78,11 +82,13 @@ class ConfigEdits:
             try:
                 done.append(self._put_in_force(step))
             except DstackError as error:
-                for tried in reversed(steps[: number + 1]):
-                    self._put_back(tried.edit, load=tried.edit.load and self._serves_new(tried))
-                self._journal.end()
-                raise InputError(
-                    f"{step.edit.model}: {name} could not be put in force, all is as before: {error}"
+                if step.edit.keep and self._repository.read_config(step.edit.model) == step.edit.new_text:
+                    done.append(Done(step.edit.model, error=str(error)))
+                    continue
+                outcome = self._undo(steps[: number + 1])
+                raise PlanRefusedError(
+                    step.edit.model,
+                    f"{step.edit.model}: {name} could not be put in force, {outcome}: {error}",
                 ) from error
         self._journal.end()
         return done
@@ -93,24 +99,37 @@ class ConfigEdits:
 
     def _put_in_force(self, step: Step) -> Done:
         edit = step.edit
-        self._say(f"{edit.model}: {step.what}{', loading' if edit.load else ''}")
+        self._say(f"{edit.model}: {step.what}{'' if edit.then == 'nothing' else f', {edit.then}ing'}")
         began_us = self._clock.now_us()
         if edit.old_text != edit.new_text or edit.was_ready:  # an equal text, but newer, makes Triton load it
             self._repository.write_config(edit.model, edit.new_text)
-        if not edit.load:
+        if edit.then == "nothing":
             return Done(edit.model)
-        old_stubs = self._load(edit.model)
-        if not step.in_force(self._server.config(edit.model)):
+        old_stubs = self._follow(edit)
+        if edit.then == "load" and not step.in_force(self._asked().config(edit.model)):
             raise ServerError("Triton serves another config than the one on disk")
         gone = self._wait_gone(old_stubs)
         return Done(edit.model, (self._clock.now_us() - began_us) / 1e6, gone)
 
+    def _asked(self) -> ModelServer:
+        if self._server is None:
+            raise MachineError("no Triton is given to load it; name one with --url HOST:PORT")
+        return self._server
+
+    def _follow(self, edit: ConfigEdit) -> frozenset[int] | None:
+        """The server does what an edit asks of it. The old version's stubs, None where they cannot be seen."""
+        if edit.then == "load":
+            return self._load(edit.model)
+        old_stubs = self._stubs.pids(edit.model)
+        self._asked().unload(edit.model)
+        return old_stubs
+
     def _load(self, model: str) -> frozenset[int] | None:
         """Load and wait until ready. The old version's stubs, None where they cannot be seen."""
-        old_stubs = self._stubs.pids(model)
-        self._server.load(model)
+        server, old_stubs = self._asked(), self._stubs.pids(model)
+        server.load(model)
         until_us = self._clock.now_us() + int(READY_TIMEOUT_S * 1e6)
-        while not self._server.is_model_ready(model):
+        while not server.is_model_ready(model):
             if self._clock.now_us() > until_us:
                 raise ServerError(f"not ready within {READY_TIMEOUT_S:g} s of its load")
             self._clock.sleep_s(POLL_S)
@@ -131,14 +150,30 @@ class ConfigEdits:
 
     # -- the way back -----------------------------------------------------------------------------------
 
+    def _undo(self, steps: Sequence[Step]) -> str:
+        """Every step back, last first, one that sticks (a full disk) notwithstanding; says how it stands.
+
+        Where one sticks the journal stays, so that the next start ends the matter.
+        """
+        stuck = []
+        for step in reversed(steps):
+            try:
+                self._put_back(step.edit, load=self._serves_new(step))
+            except DstackError as error:
+                stuck.append(f"{step.edit.model} is not as before yet ({error})")
+        if stuck:
+            return "; ".join(stuck)
+        self._journal.end()
+        return "all is as before"
+
     def _serves_new(self, step: Step) -> bool:
         """Whether the old config needs a load to be in force again: the new one is, or none."""
-        if step.edit.old_text == step.edit.new_text:
+        model = step.edit.model
+        if step.edit.then == "nothing" or step.edit.old_text == step.edit.new_text:
             return False
         try:
-            return not self._server.is_model_ready(step.edit.model) or step.in_force(
-                self._server.config(step.edit.model)
-            )
+            server = self._asked()
+            return not server.is_model_ready(model) or step.in_force(server.config(model))
         except DstackError:
             return True
 
@@ -152,7 +187,7 @@ class ConfigEdits:
             if edit.was_ready:
                 self._wait_gone(self._load(edit.model))
             else:
-                self._server.unload(edit.model)
+                self._asked().unload(edit.model)
         except DstackError as error:
             self._say(f"{edit.model}: its old config is back on disk but could not be loaded: {error}")
 
@@ -169,16 +204,20 @@ class ConfigEdits:
             for edit in pending
             if edit not in edits
         ]
-        done: list[ConfigEdit] = []
+        if self._server is None and any(edit.then != "nothing" for edit in edits):
+            raise MachineError(
+                f"{edits[0].model}: an earlier dstackctl was interrupted while Triton loaded it; "
+                "give --url HOST:PORT so that it can be finished"
+            )
+        done: dict[str, str] = {}
         try:
-            for edit in edits:
-                done.append(edit)
-                self._finish(edit)
-            lines += [f"{edit.model}: an interrupted apply was finished" for edit in edits]
+            for number, edit in enumerate(edits, 1):
+                done[edit.model] = self._finish(edit)
         except DstackError as error:
-            for edit in reversed(done):
-                self._put_back(edit, load=edit.load)
-            lines += [f"{edit.model}: an interrupted apply was undone ({error})" for edit in edits]
+            for edit in reversed(edits[:number]):
+                self._put_back(edit, load=edit.then != "nothing")
+            done = {edit.model: f"an interrupted apply was undone ({error})" for edit in edits}
+        lines += [f"{model}: {what}" for model, what in done.items()]
         if pending:
             self._journal.end()
         return tuple(lines)
@@ -189,9 +228,16 @@ class ConfigEdits:
             edit.new_text,
         )
 
-    def _finish(self, edit: ConfigEdit) -> None:
+    def _finish(self, edit: ConfigEdit) -> str:
+        """What came of it."""
         self._say(f"{edit.model}: finishing an interrupted apply")
         if self._repository.read_config(edit.model) != edit.new_text:
             self._repository.write_config(edit.model, edit.new_text)
-        if edit.load:
-            self._wait_gone(self._load(edit.model))
+        try:
+            if edit.then != "nothing":
+                self._wait_gone(self._follow(edit))
+        except DstackError as error:
+            if not edit.keep:
+                raise
+            return f"an interrupted apply was finished on disk, Triton refuses it: {error}"
+        return "an interrupted apply was finished"

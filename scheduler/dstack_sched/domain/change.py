@@ -23,6 +23,10 @@ class ConfigEdit:
     then: Literal["load", "unload", "nothing"] = "load"
     keep: bool = False
 
+    @property
+    def load(self) -> bool:
+        return self.then == "load"
+
 
 @dataclass(frozen=True, slots=True)
 class ModelOutcome:
