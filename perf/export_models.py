@@ -31,20 +31,36 @@ TIMEOUT_S = 300
 
 
 def torchvision_model(
-    builder: str, side: int = 224, **options: Any
+    builder: str, side: int = 224, *, pixels: bool = False, **options: Any
 ) -> Callable[[], tuple[Any, Any, list[str]]]:
+    """A network on images. pixels: as services get them, 8 bits a channel, normalised inside the graph."""
+
     def build() -> tuple[Any, Any, list[str]]:
         import torch
         import torchvision
 
         model = getattr(torchvision.models, builder)(weights=None, **options)
-        return model, (torch.randn(CHECK_ROWS, 3, side, side),), ["image"]
+        if not pixels:
+            return model, (torch.randn(CHECK_ROWS, 3, side, side),), ["image"]
+
+        class OnPixels(torch.nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.model = model
+
+            def forward(self, image: Any) -> Any:
+                return self.model((image.to(torch.float32) - 118.0) / 58.0)
+
+        return OnPixels(), (torch.randint(0, 256, (CHECK_ROWS, 3, side, side), dtype=torch.uint8),), ["image"]
 
     return build
 
 
-def bert(layers: int, hidden: int, heads: int) -> Callable[[], tuple[Any, Any, list[str]]]:
-    """A BERT encoder with explicit attention mask; its output is the sequence of hidden states."""
+def bert(
+    layers: int, hidden: int, heads: int, *, first_only: bool = False
+) -> Callable[[], tuple[Any, Any, list[str]]]:
+    """A BERT encoder with explicit attention mask. Its output is the sequence of hidden states, or with
+    first_only that of the first token, from which classifiers work."""
 
     def build() -> tuple[Any, Any, list[str]]:
         import torch
@@ -69,7 +85,7 @@ def bert(layers: int, hidden: int, heads: int) -> Callable[[], tuple[Any, Any, l
                 for layer in self.bert.encoder.layer:
                     out = layer(hidden_states, mask)
                     hidden_states = out[0] if isinstance(out, tuple) else out
-                return hidden_states
+                return hidden_states[:, 0] if first_only else hidden_states
 
         ids = torch.randint(1, 1000, (CHECK_ROWS, SEQUENCE))
         return Encoder(), (ids, torch.ones_like(ids)), ["input_ids", "attention_mask"]
@@ -86,6 +102,17 @@ MODELS: dict[str, Callable[[], tuple[Any, Any, list[str]]]] = {
     "resnext50": torchvision_model("resnext50_32x4d"),
     "shufflenet_v2": torchvision_model("shufflenet_v2_x1_0"),
     "bert_base": bert(12, 768, 12),
+    # The same networks as services see them, small tensors in and out: for studies with many clients.
+    "alexnet_u8": torchvision_model("alexnet", pixels=True),
+    "mobilenet_v2_u8": torchvision_model("mobilenet_v2", pixels=True),
+    "resnet50_u8": torchvision_model("resnet50", pixels=True),
+    "vgg19_u8": torchvision_model("vgg19", pixels=True),
+    "inception_v3_u8": torchvision_model(
+        "inception_v3", side=299, pixels=True, aux_logits=True, init_weights=False
+    ),
+    "resnext50_u8": torchvision_model("resnext50_32x4d", pixels=True),
+    "shufflenet_v2_u8": torchvision_model("shufflenet_v2_x1_0", pixels=True),
+    "bert_base_cls": bert(12, 768, 12, first_only=True),
     # Small ones, for dry runs on a CPU; not part of the default set.
     "squeezenet": torchvision_model("squeezenet1_1", side=64),
     "bert_tiny": bert(2, 128, 2),

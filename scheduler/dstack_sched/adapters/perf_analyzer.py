@@ -59,6 +59,7 @@ def find_perf_analyzer(environ: Mapping[str, str] = os.environ) -> Path:
 @dataclass(frozen=True)
 class LoadOptions:
     """How requests travel. shapes: model -> input -> dimensions without the batch. data: model -> file.
+    names: model -> its name at the server, where that is another.
 
     connection: headers go over HTTP only (perf_analyzer sends none over gRPC), TLS over gRPC only.
     """
@@ -69,6 +70,7 @@ class LoadOptions:
     shared_memory: str = "none"
     shapes: Mapping[str, Mapping[str, Sequence[int]]] = field(default_factory=dict)
     data: Mapping[str, Path] = field(default_factory=dict)
+    names: Mapping[str, str] = field(default_factory=dict)
 
 
 class PerfAnalyzerLoad:
@@ -105,7 +107,7 @@ class PerfAnalyzerLoad:
     def _command(self, model: str, files: Path, requests: int) -> list[str]:
         options = self._options
         return [
-            str(self._program), "-m", model, "-i", options.protocol, "-u", options.url, "--async",
+            str(self._program), "-m", options.names.get(model, model), "-i", options.protocol, "-u", options.url, "--async",
             "--max-threads", str(THREADS), "--shared-memory", options.shared_memory,
             "--request-intervals", str(files / "intervals"), "--request-count", str(requests),
             "--input-data", str(self._data[model]), "--profile-export-file", str(files / "export.json"),

@@ -1,0 +1,1 @@
+"""Alternative (g): all models in one stub process, a thread and a stream each."""
