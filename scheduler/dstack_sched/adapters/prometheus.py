@@ -10,7 +10,14 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+    start_http_server,
+)
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 
@@ -18,6 +25,7 @@ from dstack_sched.domain.metrics import Buckets, Kind, Metric, Sample
 from dstack_sched.errors import MachineError
 
 CLIENT_TIMEOUT_S = 10.0  # a client that connects and says nothing must not hold a thread for good
+disable_created_metrics()  # a second series for each counter that nobody asks for
 Family = CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily
 
 
@@ -72,12 +80,11 @@ class PrometheusMetrics:
 
 
 class Snapshots(Collector):
-    """Reads all values anew at each scrape: for what is counted elsewhere, in plain numbers."""
+    """Reads all values anew at each scrape: for what is counted elsewhere, in plain numbers. To be
+    registered; scrapes at the same time call `read` at the same time."""
 
     def __init__(self, read: Callable[[], Iterable[Sample]]) -> None:
         self._read = read
-        self.registry = CollectorRegistry()
-        self.registry.register(self)
 
     def describe(self) -> Iterable[Family]:
         """Nothing: registering must not read."""
@@ -129,7 +136,7 @@ class MetricsEndpoint:
         except (OSError, OverflowError) as error:
             why = getattr(error, "strerror", None) or error
             raise MachineError(
-                f"metrics at {address}:{port}: {why}; choose another with --metrics-port or --metrics-address"
+                f"metrics at {address}:{port}: {why}; choose another port (0: any free one) or address"
             ) from None
         self._server.RequestHandlerClass = _patient(self._server.RequestHandlerClass)
         host = f"[{address}]" if ":" in address else address

@@ -37,7 +37,7 @@ def down() -> tuple[Sample, ...]:
 
 
 def samples(status: Status) -> Iterator[Sample]:
-    """Every metric of the table's ARBITER part, from one status (arbiter_view.status, ArbiterService.status)."""
+    """Every metric of the table's ARBITER part, from one answer of ArbiterService.status."""
     yield Sample(table.ARBITER_UP, (), 1.0)
     yield Sample(table.ARBITER_UPTIME, (), status["uptime_s"])
     yield Sample(table.ARBITER_POLICY, (status["policy"],), 1.0)

@@ -12,22 +12,10 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, NamedTuple
 
-WAIT_BOUNDS_US = (
-    100,
-    250,
-    500,
-    1_000,
-    2_500,
-    5_000,
-    10_000,
-    25_000,
-    50_000,
-    100_000,
-    250_000,
-    500_000,
-    1_000_000,
-)
-DECISION_BOUNDS_US = (5, 10, 15, 20, 30, 40, 50, 75, 100, 200, 500, 1_000, 5_000)
+from dstack_sched.domain.metrics import DECISION_TIME, GRANT_WAIT
+
+WAIT_BOUNDS_US = tuple(round(bound_s * 1e6) for bound_s in GRANT_WAIT.bounds)
+DECISION_BOUNDS_US = tuple(round(bound_s * 1e6) for bound_s in DECISION_TIME.bounds)
 INTERVALS_KEPT = 32_768
 DECISIONS_SAMPLED = 4_096
 REPORTS_KEPT = 64
