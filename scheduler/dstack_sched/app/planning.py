@@ -47,6 +47,8 @@ class PlanOptions:
     each model's batch program alone and only places the results. time_limit_s: for each integer program.
     memory_limits: bound each instance's GPU memory, with room above what was measured. memory_bytes: of
     each GPU, None: all of the profiled device's. clients_of_others: MPS clients not ours, on each GPU.
+    shares: GPU% of models that is held as it is. lenient: an SLO below the fastest run makes a plan that does
+    not fit, no error.
     """
 
     objective: Objective = "demand"
@@ -60,6 +62,8 @@ class PlanOptions:
     memory_limits: bool = False
     memory_bytes: int | None = None
     clients_of_others: int = 0
+    shares: Mapping[str, float] = field(default_factory=dict)
+    lenient: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +110,7 @@ def make_plan(profiles: ProfileSet, workload: Workload, options: PlanOptions = P
     case = _case(profiles, workload, options)
     for task in case.tasks:
         fastest = float(task.surface.latency_ms(task.grid.percents[-1], task.grid.batches[0]))
-        if task.slo_ms is not None and fastest > task.slo_ms:
+        if task.slo_ms is not None and fastest > task.slo_ms and not options.lenient:
             raise InputError(slo_too_short(task.surface, task.slo_ms, task.grid))
         if task.slo_ms is not None and 2 * fastest > task.slo_ms:
             return _nothing(case, slo_too_short(task.surface, task.slo_ms, task.grid))
@@ -150,6 +154,7 @@ def _case(profiles: ProfileSet, workload: Workload, options: PlanOptions) -> _Ca
                 surfaces[d.name],
                 profiles.device,
                 step_percent=1 if options.objective == "efficacy" else _JOINT_STEP_PERCENT,
+                held_percent=options.shares.get(d.name),
             ),
         )
         for d in workload.models

@@ -19,15 +19,20 @@ class RunnableGrid:
     batches: tuple[int, ...]
 
 
-def runnable_grid(surface: LatencySurface, device: Device, *, step_percent: int = 1) -> RunnableGrid:
+def runnable_grid(
+    surface: LatencySurface, device: Device, *, step_percent: int = 1, held_percent: float | None = None
+) -> RunnableGrid:
     """What the model can run at, inside the measured range: never below the smallest measured GPU%, never
     above the largest measured batch size.
 
     CPU host: whole cores, k / cores x 100. A model with levels (shares it can change between from batch to
-    batch): those. Otherwise MPS takes whole percents; `step_percent` coarsens them, 100 always included.
+    batch): those. Otherwise MPS takes whole percents; `step_percent` coarsens them, 100 always included. held_percent: the one share
+    there is, that of a process that keeps it.
     """
     lowest = surface.min_percent - 1e-9
-    if surface.levels:
+    if held_percent is not None:
+        percents = {held_percent}
+    elif surface.levels:
         percents = {float(p) for p in surface.levels if p >= lowest}
     elif device.driver == CPU_DRIVER:
         percents = {
