@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from dstack_sched.adapters.repository import DiskRepository
-from dstack_sched.domain.served_model import ServedModel
+from dstack_sched.domain.served_model import UNLOADED_BY_HAND, ServedModel
 from dstack_sched.errors import ServerError
 
 
@@ -38,32 +38,57 @@ class FakeServer:
         self.lingering: dict[int, int] = {}
         self.linger_polls = 3
         self.counts: dict[str, dict[str, int]] = {}
+        self.away = False
+        self.by_hand: set[str] = set()
+        self._version_ns: dict[str, int] = {}
         self._next_pid = 1000
         for model in loaded:
             self.load(model)
         self.loads.clear()
 
     def load(self, model: str) -> None:
+        """As in Triton 2.51 a model whose stub died gets a new one only if its version is newer."""
         self.loads.append(model)
         config = self.repository.config(model)
         why = self.fails(model, config.parameters)
         if why:
             raise ServerError(f"Triton: {model}: load failed: {why}")
+        newest_ns, before_ns = self._newest_ns(model), self._version_ns.get(model)
+        if model in self.in_force and model not in self.stubs and newest_ns == before_ns:
+            return
+        self._version_ns[model] = newest_ns
+        self.by_hand.discard(model)
         if model in self.stubs:
             self.lingering[self.stubs[model]] = self.linger_polls
         self._next_pid += 1
         self.stubs[model] = self._next_pid
         self.in_force[model] = {
+            "backend": config.backend,
             "max_batch_size": 8 if config.max_batch_size is None else config.max_batch_size,
             "parameters": {key: {"string_value": value} for key, value in config.parameters.items()},
         }
 
+    def _newest_ns(self, model: str) -> int:
+        files = (self.repository.root / model).rglob("*")
+        return max((path.stat().st_mtime_ns for path in files if path.name != "config.pbtxt"), default=0)
+
     def unload(self, model: str) -> None:
+        self.by_hand.add(model)
         self.in_force.pop(model, None)
         self.stubs.pop(model, None)
 
+    def kill_stub(self, model: str) -> None:
+        """The model stays READY; its process is gone."""
+        del self.stubs[model]
+
+    def restart(self) -> None:
+        """As after its death, in explicit mode: nothing is loaded, nothing is known of before."""
+        self.away = False
+        for known in (self.in_force, self.stubs, self.lingering, self.by_hand, self._version_ns):
+            known.clear()
+
     def is_ready(self) -> bool:
-        return True
+        return not self.away
 
     def metadata(self) -> Mapping[str, Any]:
         return {"name": "fake", "version": "0"}
@@ -72,8 +97,13 @@ class FakeServer:
         return {m: "READY" if m in self.in_force else "UNAVAILABLE" for m in self.repository.models()}
 
     def index(self) -> Mapping[str, ServedModel]:
+        if self.away:
+            raise ServerError("Triton: the repository index failed: connection refused")
         return {
-            model: ServedModel(state, "", int(state == "READY")) for model, state in self.models().items()
+            model: ServedModel(
+                state, UNLOADED_BY_HAND if model in self.by_hand else "", int(state == "READY")
+            )
+            for model, state in self.models().items()
         }
 
     def is_model_ready(self, model: str) -> bool:
@@ -107,6 +137,12 @@ class FakeServer:
         for pid in pids & self.lingering.keys():
             self.lingering[pid] -= 1
         return frozenset(pid for pid in pids if self.lingering.get(pid, 0) > 0 or pid in self.stubs.values())
+
+    def all_pids(self) -> frozenset[int]:
+        return frozenset(self.stubs.values())
+
+    def kill(self, pids: frozenset[int]) -> None:
+        self.stubs = {model: pid for model, pid in self.stubs.items() if pid not in pids}
 
     def blind_reason(self) -> str:
         return ""
