@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
-import stat
-import time
+from collections.abc import Mapping
 from pathlib import Path
 
+from dstack_sched.adapters.atomic_file import TEMPORARY_PREFIX, failed, flush_directory, replace_file, touch
 from dstack_sched.adapters.config_pbtxt import edit_config, read_config
+from dstack_sched.adapters.originals import Originals
+from dstack_sched.domain.adoption import Original
 from dstack_sched.domain.model_config import ConfigChange, ModelConfig
 from dstack_sched.errors import InputError
 
 CONFIG_NAME = "config.pbtxt"
 MAX_CONFIG_BYTES = 4 * 1024 * 1024
-TEMPORARY_PREFIX = ".dstack-"
-# Newer than before even on file systems that keep whole seconds (or two, FAT).
-COARSE_TIME_STEP_NS = 2_000_000_000
 
 
 class DiskRepository:
@@ -31,13 +29,14 @@ class DiskRepository:
             what = "is not a directory" if root.exists() else "does not exist"
             raise InputError(f"model repository {root} {what}; name the directory that holds the models")
         self.root = root
+        self._originals = Originals(root)
 
     def models(self) -> tuple[str, ...]:
         """Names of all models, sorted. Raises InputError where there is none, or the root cannot be read."""
         try:
             found = sorted(path.name for path in self.root.iterdir() if _is_model(path))
         except OSError as error:
-            raise _failed(self.root, "cannot be read", error) from error
+            raise failed(self.root, "cannot be read", error) from error
         if not found:
             raise InputError(f"model repository {self.root} holds no model: MODEL/1/model.onnx is wanted")
         return tuple(found)
@@ -60,7 +59,7 @@ class DiskRepository:
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise _failed(path, "cannot be read", error) from error
+            raise failed(path, "cannot be read", error) from error
         if len(data) > MAX_CONFIG_BYTES:
             raise InputError(f"{path}: larger than {MAX_CONFIG_BYTES} bytes, this is no model config")
         return data.decode("utf-8", "surrogateescape")
@@ -82,17 +81,45 @@ class DiskRepository:
                 raise InputError(f"{directory}: is not writable; nothing was changed")
 
     def write_config(self, model: str, text: str | None) -> None:
-        """Replace the file by one made beside the model's directory and flushed before the rename."""
+        """Replace the file by one made beside the model's directory and flushed before the rename.
+
+        Of an adopted model it is noted first that the text is ours, and afterwards, where it is the original,
+        that the model is adopted no more.
+        """
         path = self.config_path(model)
         self.check_writable(model)
+        self._originals.note(model, self.read_config(model), text)
         try:
             if text is None:
                 path.unlink(missing_ok=True)
-                _flush_directory(path.parent)
+                flush_directory(path.parent)
             else:
-                _replace(path, self._temporary_dir(path.parent), text.encode("utf-8", "surrogateescape"))
+                replace_file(path, self._temporary_dir(path.parent), text.encode("utf-8", "surrogateescape"))
         except OSError as error:
-            raise _failed(path, "cannot be written, the file is as it was", error) from error
+            raise failed(path, "cannot be written, the file is as it was", error) from error
+        self._originals.drop_where_back(model, text)
+
+    # -- originals of adopted models (originals.py) -----------------------------------------------------
+
+    def adopted(self) -> tuple[str, ...]:
+        """Models whose originals are kept, sorted; also those that are not in the repository any more."""
+        return self._originals.models()
+
+    def original(self, model: str) -> Original | None:
+        """What was there before the adoption; None for a model that is as it was, or was never adopted."""
+        return self._originals.get(model, self.read_config(model))
+
+    def keep_originals(self, originals: Mapping[str, tuple[str | None, bool | None]]) -> None:
+        """Before the first file is touched: model -> its config, and whether Triton serves it if known."""
+        self._originals.keep(originals)
+
+    def drop_unneeded_originals(self) -> None:
+        """Those of models whose config is the original. Not while an edit of one is unfinished."""
+        for model in self.adopted():
+            if (self.root / model).is_dir():
+                self._originals.drop_where_back(model, self.read_config(model))
+
+    # -- time stamps, leftovers -------------------------------------------------------------------------
 
     def make_newer(self, model: str) -> None:
         """Make the model's version directories newer than all in them, so that the next load is a full one: a
@@ -103,9 +130,9 @@ class DiskRepository:
         for version in versions:
             try:
                 newest = max(path.stat().st_mtime_ns for path in (version, *version.rglob("*")))
-                _touch(version, newest)
+                touch(version, newest)
             except OSError as error:
-                raise _failed(version, "its time stamp cannot be set", error) from error
+                raise failed(version, "its time stamp cannot be set", error) from error
 
     def sweep(self) -> None:
         """Remove temporary files that a killed controller left. Only for the holder of the journal's lock."""
@@ -131,58 +158,3 @@ def _is_model(path: Path) -> bool:
     return (path / CONFIG_NAME).exists() or any(
         version.name.isdigit() and version.is_dir() for version in path.iterdir()
     )
-
-
-def _replace(path: Path, temporary_dir: Path, data: bytes) -> None:
-    before = path.stat() if path.exists() else None
-    temporary = temporary_dir / f"{TEMPORARY_PREFIX}{path.parent.name}-{os.getpid()}.tmp"
-    try:
-        with temporary.open("xb") as file:
-            file.write(data)
-            file.flush()
-            if before:
-                os.fchmod(file.fileno(), stat.S_IMODE(before.st_mode))
-                with contextlib.suppress(PermissionError):  # only root can give a file away
-                    os.fchown(file.fileno(), before.st_uid, before.st_gid)
-            os.fsync(file.fileno())
-        if before:
-            _make_newer(temporary, before.st_mtime_ns)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _flush_directory(path.parent)
-
-
-def _make_newer(path: Path, than_ns: int) -> None:
-    """Triton reloads a model only when a time stamp has grown; clocks jump and file systems round."""
-    if path.stat().st_mtime_ns <= than_ns:
-        _touch(path, than_ns)
-
-
-def _touch(path: Path, than_ns: int) -> None:
-    """The time now, or just past `than_ns` where that lies in the future."""
-    now_ns = time.time_ns()
-    try:
-        os.utime(path, ns=(now_ns, max(now_ns, than_ns + 1_000_000)))
-    except PermissionError:  # another's file that we may write: the time now, and no other
-        os.utime(path)
-    if path.stat().st_mtime_ns <= than_ns:
-        os.utime(path, ns=(now_ns, than_ns + COARSE_TIME_STEP_NS))
-
-
-def _flush_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _failed(path: Path, what: str, error: OSError) -> InputError:
-    mend = {
-        errno.ENOSPC: "; free some space",
-        errno.EDQUOT: "; free some space",
-        errno.EROFS: "; mount it read-write",
-    }.get(error.errno or 0, "")
-    return InputError(f"{path}: {what} ({error.strerror}){mend}")

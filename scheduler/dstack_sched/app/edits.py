@@ -117,7 +117,7 @@ class ConfigEdits:
         return self._server
 
     def _follow(self, edit: ConfigEdit) -> frozenset[int] | None:
-        """The server does what an edit asks of it. The old version's stubs, None where they cannot be seen."""
+        """The server does what an edit asks of it. The old version's stubs, None where they are not seen."""
         if edit.then == "load":
             return self._load(edit.model)
         old_stubs = self._stubs.pids(edit.model)
@@ -209,15 +209,16 @@ class ConfigEdits:
                 f"{edits[0].model}: an earlier dstackctl was interrupted while Triton loaded it; "
                 "give --url HOST:PORT so that it can be finished"
             )
-        done: dict[str, str] = {}
+        tried, outcomes = [], []
         try:
-            for number, edit in enumerate(edits, 1):
-                done[edit.model] = self._finish(edit)
+            for edit in edits:
+                tried.append(edit)
+                outcomes.append(self._finish(edit))
         except DstackError as error:
-            for edit in reversed(edits[:number]):
+            for edit in reversed(tried):
                 self._put_back(edit, load=edit.then != "nothing")
-            done = {edit.model: f"an interrupted apply was undone ({error})" for edit in edits}
-        lines += [f"{model}: {what}" for model, what in done.items()]
+            outcomes = [f"an interrupted apply was undone ({error})"] * len(edits)
+        lines += [f"{edit.model}: {outcome}" for edit, outcome in zip(edits, outcomes, strict=True)]
         if pending:
             self._journal.end()
         return tuple(lines)

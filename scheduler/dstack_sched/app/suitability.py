@@ -1,7 +1,7 @@
 """Which models of a repository can become dstack models, told from their configs and file names alone.
 
 A pure function of what is there. What the model file itself has to say is the backend's own code's to check
-(ports.ModelCheck). Fields that onnxruntime's backend heeds and ours does not are either translated, or named
+(ports.ModelLook). Fields that onnxruntime's backend heeds and ours does not are either translated, or named
 in a note where answers stay the same, or a reason to leave the model alone where they do not.
 """
 
