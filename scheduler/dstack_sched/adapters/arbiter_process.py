@@ -8,6 +8,7 @@ from pathlib import Path
 
 from dstack_sched.adapters.arbiter_client import SocketArbiterClient
 from dstack_sched.adapters.kept_process import KeptProcess
+from dstack_sched.adapters.logs import LogOptions
 from dstack_sched.errors import MachineError
 
 START_TIMEOUT_S = 20.0
@@ -22,11 +23,20 @@ class ArbiterProcess:
     name = "arbiter"
 
     def __init__(
-        self, socket: Path, log_path: Path, *, policy: str = "dstack", capacity: float = 100.0
+        self,
+        socket: Path,
+        log_path: Path,
+        *,
+        policy: str = "dstack",
+        capacity: float = 100.0,
+        log: LogOptions | None = None,
     ) -> None:
+        """log: format and level of the lines in log_path."""
         self.socket = socket
         self.log_path = log_path
         self._arguments = ["--policy", policy, "--capacity", f"{capacity:g}", "--socket", str(socket)]
+        if log is not None:
+            self._arguments += ["--log-format", log.format, "--log-level", log.level]
         self._process: KeptProcess | None = None
 
     @property

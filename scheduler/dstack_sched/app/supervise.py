@@ -42,12 +42,15 @@ class Supervisor:
         services: Sequence[tuple[Service, BackoffSettings]],
         clock: Clock,
         report: Callable[[str], None],
+        restarted: Callable[[str], None] = lambda name: None,
     ) -> None:
-        """services: (service, how it may be restarted by itself), in the order of starting."""
+        """services: (service, how it may be restarted by itself), in the order of starting. restarted is told
+        the name of each that was started again."""
         self._watched = [Watched(service, Backoff(settings)) for service, settings in services]
         self._started: list[Watched] = []
         self._clock = clock
         self._report = report
+        self._restarted = restarted
 
     def start(self) -> None:
         """Start all, in order; what was started is stopped again when one fails."""
@@ -79,6 +82,7 @@ class Supervisor:
         try:
             each.service.start()
             each.started_at_us = self._clock.now_us()
+            self._restarted(each.service.name)
         except DstackError as error:
             self._report(f"{error}; next try in {each.restarts.wait_s:g} s")
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import typer
 from prometheus_client import CollectorRegistry
 
 from dstack_sched.adapters.arbiter_client import SocketArbiterClient
-from dstack_sched.adapters.prometheus import MetricsEndpoint, Snapshots
+from dstack_sched.adapters.prometheus import MetricsEndpoint, PrometheusMetrics, Snapshots
 from dstack_sched.app.arbiter_metrics import down, samples
 from dstack_sched.cli.options import Verb, grouped, option
 from dstack_sched.domain.metrics import Sample
@@ -72,3 +72,21 @@ def serve_arbiter_metrics(socket: Path, options: EndpointOptions) -> MetricsEndp
     registry = CollectorRegistry()
     registry.register(Snapshots(arbiter_samples(socket)))
     return MetricsEndpoint(registry, options.port or 0, options.address)
+
+
+@contextmanager
+def served(
+    metrics: PrometheusMetrics, options: EndpointOptions, *more: Callable[[], Iterable[Sample]]
+) -> Iterator[str | None]:
+    """Serve metrics while the block runs, and what each of `more` reads at a scrape. Gives the URL; None
+    where no endpoint is wanted. Errors: MachineError where it cannot listen."""
+    for read in more:
+        metrics.registry.register(Snapshots(read))
+    if options.port is None:
+        yield None
+        return
+    endpoint = MetricsEndpoint(metrics.registry, options.port, options.address)
+    try:
+        yield endpoint.url
+    finally:
+        endpoint.close()

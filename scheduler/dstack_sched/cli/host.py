@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +12,7 @@ from types import FrameType
 from dstack_backend.endpoint import SOCKET_VARIABLE, socket_path
 from dstack_sched.adapters.arbiter_process import ArbiterProcess
 from dstack_sched.adapters.clock import SystemClock
+from dstack_sched.adapters.logs import LogOptions, bound
 from dstack_sched.adapters.mps import MpsDaemon
 from dstack_sched.adapters.ports_free import choose_ports
 from dstack_sched.adapters.repository_check import check_repository
@@ -41,23 +42,35 @@ class HostOptions:
     policy: str = "dstack"
     capacity_percent: float = 100.0
     mps: bool = True
+    log: LogOptions = field(default_factory=LogOptions)
     env: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def arbiter_socket(self) -> Path:
+        return (self.socket or socket_path()).absolute()
 
 
 class Host:
     """The running services of one host. Made by `open_host`."""
 
-    def __init__(self, options: HostOptions) -> None:
-        """Look at what is asked for before anything starts. Errors: InputError, MachineError."""
+    def __init__(self, options: HostOptions, restarted: Callable[[str], None] = lambda name: None) -> None:
+        """Look at what is asked for before anything starts. Errors: InputError, MachineError.
+
+        restarted is told the name of each service that was started again."""
         self.options = options
+        self._restarted = restarted
         self.models = check_repository(options.repository)
         self._install = find_server(options.tritonserver)
         choose_ports(options.address, self._ports())
         self._logs = prepare_logs(options.log_dir, "triton", "arbiter", "mps")
-        self.socket = (options.socket or socket_path()).absolute()
+        self.socket = options.arbiter_socket
         self.mps = MpsDaemon(self._logs["mps"])
         self.arbiter = ArbiterProcess(
-            self.socket, self._logs["arbiter"], policy=options.policy, capacity=options.capacity_percent
+            self.socket,
+            self._logs["arbiter"],
+            policy=options.policy,
+            capacity=options.capacity_percent,
+            log=options.log,
         )
         self.triton = self._triton({})
         self._supervisor = Supervisor([], SystemClock(), say)
@@ -69,7 +82,9 @@ class Host:
             self.triton = self._triton(self.mps.start() if self.options.mps else {})
             if self.mps.owned:
                 services.append((self.mps, ALWAYS))
-            self._supervisor = Supervisor([*services, (self.triton, A_FEW_TIMES)], SystemClock(), say)
+            self._supervisor = Supervisor(
+                [*services, (self.triton, A_FEW_TIMES)], SystemClock(), say, self._restarted
+            )
             self._supervisor.start()
         except BaseException:
             self.stop()
@@ -105,7 +120,8 @@ class Host:
         return outcome
 
     def check(self) -> None:
-        """Look after the services once. Errors: MachineError when Triton is down."""
+        """Look after the services and their logs' size once. Errors: MachineError when Triton is down."""
+        bound(self._logs.values(), LOG_LIMIT_BYTES)
         self._supervisor.check()
 
     def stop(self) -> None:
@@ -115,10 +131,10 @@ class Host:
 
 
 @contextmanager
-def open_host(options: HostOptions) -> Iterator[Host]:
+def open_host(options: HostOptions, restarted: Callable[[str], None] = lambda name: None) -> Iterator[Host]:
     """A started host; whatever happens inside, all of it is stopped, undisturbed by further signals."""
     with signals_interrupt():
-        host = Host(options)
+        host = Host(options, restarted)
         try:
             host.start()
             yield host
@@ -152,10 +168,8 @@ def signals_interrupt() -> Iterator[None]:
 
 
 def prepare_logs(directory: Path, *names: str) -> dict[str, Path]:
-    """NAME.log of each in the directory, appended to; one over 10 MiB is moved to NAME.log.1 first."""
+    """NAME.log of each in the directory, appended to and kept within 10 MiB; older lines: NAME.log.1."""
     directory.mkdir(parents=True, exist_ok=True)
     logs = {name: directory / f"{name}.log" for name in names}
-    for log in logs.values():
-        if log.exists() and log.stat().st_size > LOG_LIMIT_BYTES:
-            log.replace(log.with_suffix(".log.1"))
+    bound(logs.values(), LOG_LIMIT_BYTES)
     return logs

@@ -11,9 +11,11 @@ from typing import Annotated
 import typer
 
 from dstack_sched.adapters.clock import SystemClock
+from dstack_sched.adapters.logs import LogOptions, logging_to
+from dstack_sched.adapters.prometheus import PrometheusMetrics
 from dstack_sched.adapters.repository import DiskRepository
 from dstack_sched.adapters.triton_client import TritonClient
-from dstack_sched.app.telemetry import HealthTelemetry, NoMetrics
+from dstack_sched.app.telemetry import HealthTelemetry
 from dstack_sched.cli import app
 from dstack_sched.cli.common import (
     JsonOption,
@@ -24,15 +26,20 @@ from dstack_sched.cli.common import (
     say,
     state_dir,
 )
+from dstack_sched.cli.endpoint import EndpointOptions, arbiter_samples, served
 from dstack_sched.cli.healing import HealthThread, make_health, model_guards
 from dstack_sched.cli.host import LOOK_AGAIN_S, Host, HostOptions, open_host
+from dstack_sched.cli.options import logs
+from dstack_sched.domain.metrics import HEALTH
 from dstack_sched.errors import ServerError
 
 
 @app.command()
+@logs
 def serve(
     repository: Annotated[Path, typer.Argument(metavar="REPOSITORY", help="Model repository.")],
     state: StateOption,
+    log: LogOptions,
     tritonserver: TritonServerOption = None,
     address: Annotated[
         str, typer.Option("--address", help="Address to listen at; 0.0.0.0 for all.")
@@ -48,6 +55,10 @@ def serve(
         float, typer.Option("--capacity", metavar="PERCENT", help="Sum of GPU% granted, until a plan says.")
     ] = 100.0,
     mps: Annotated[bool, typer.Option(help="Use MPS where there is a GPU.")] = True,
+    arbiter_metrics_port: Annotated[
+        int | None,
+        typer.Option("--arbiter-metrics-port", help="Metrics of the arbiter and of faults; 0: any free one."),
+    ] = None,
     json_output: JsonOption = False,
 ) -> None:
     """Serve a model repository until Ctrl-C, which stops everything and leaves nothing behind.
@@ -70,23 +81,36 @@ def serve(
         policy=policy,
         capacity_percent=capacity,
         mps=mps,
+        log=log,
     )
-    try:
-        with open_host(options) as host:
-            show(host, host.load_models(), json_output)
-            with TritonClient(host.triton.grpc_url) as server, looked_after(server, host, state):
-                while True:
-                    time.sleep(LOOK_AGAIN_S)
-                    host.check()
-    except KeyboardInterrupt:
-        say("stopped")
+    metrics = PrometheusMetrics(HEALTH)
+    telemetry = HealthTelemetry(metrics, SystemClock())
+    listen = EndpointOptions(arbiter_metrics_port, address)
+    with logging_to("serve", log):
+        try:
+            with (
+                served(metrics, listen, arbiter_samples(options.arbiter_socket)) as metrics_url,
+                open_host(options, telemetry.restarted) as host,
+            ):
+                show(host, host.load_models(), metrics_url, json_output)
+                with TritonClient(host.triton.grpc_url) as server:
+                    stay_up(host, server, state, telemetry)
+        except KeyboardInterrupt:
+            say("stopped")
+
+
+def stay_up(host: Host, server: TritonClient, state: Path, telemetry: HealthTelemetry) -> None:
+    """Until it is interrupted. Errors: MachineError when Triton is down for good."""
+    with looked_after(server, host, state, telemetry):
+        while True:
+            time.sleep(LOOK_AGAIN_S)
+            host.check()
 
 
 @contextmanager
-def looked_after(server: TritonClient, host: Host, state: Path) -> Iterator[None]:
+def looked_after(server: TritonClient, host: Host, state: Path, telemetry: HealthTelemetry) -> Iterator[None]:
     """Models whose processes die, or that a restarted Triton has not loaded, come back by themselves."""
     repository = DiskRepository(host.options.repository)
-    telemetry = HealthTelemetry(NoMetrics(), SystemClock())
     health = make_health(model_guards(server, repository), state, repository, telemetry)
     thread = HealthThread(health.check)
     thread.start()
@@ -96,7 +120,7 @@ def looked_after(server: TritonClient, host: Host, state: Path) -> Iterator[None
         thread.stop()
 
 
-def show(host: Host, outcome: dict[str, str | None], as_json: bool) -> None:
+def show(host: Host, outcome: dict[str, str | None], metrics_url: str | None, as_json: bool) -> None:
     """What is served, and where. Errors: ServerError when no model at all could be loaded."""
     for model, error in outcome.items():
         if error is not None:
@@ -104,6 +128,8 @@ def show(host: Host, outcome: dict[str, str | None], as_json: bool) -> None:
     if all(error is not None for error in outcome.values()):
         raise ServerError(f"no model of {host.options.repository} could be loaded; see the lines above")
     urls = {"grpc": host.triton.grpc_url, "http": host.triton.http_url, "metrics": host.triton.metrics_url}
+    if metrics_url:
+        urls["arbiter_metrics"] = metrics_url
     if as_json:
         print_json({"version": 1, "urls": urls, "socket": str(host.socket), "pid": host.triton.pid,
                     "log": str(host.triton.log_path),
@@ -116,4 +142,6 @@ def show(host: Host, outcome: dict[str, str | None], as_json: bool) -> None:
     )
     mps = "own daemon" if host.mps.owned else "existing daemon" if host.mps.running() else "none"
     say(f"gRPC {urls['grpc']}, HTTP {urls['http']}, metrics {urls['metrics']}; MPS: {mps}")
+    if metrics_url:
+        say(f"metrics of the arbiter and of faults: {metrics_url}")
     say(f"log: {host.triton.log_path}; Ctrl-C stops all")
