@@ -6,10 +6,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from dstack_sched.domain.adoption import ModelFacts, Original, Suitability
 from dstack_sched.domain.change import ConfigEdit
 from dstack_sched.domain.gpu import GpuReading
 from dstack_sched.domain.metrics import Metric
 from dstack_sched.domain.model_config import ConfigChange, ModelConfig
+from dstack_sched.domain.mps import MpsServer
 from dstack_sched.domain.profile import CorunPoint, Device, ModelProfile, ProfilePoint, ProfileSet
 from dstack_sched.domain.served_model import ServedModel
 
@@ -82,6 +84,10 @@ class MpsControl(Protocol):
 
     def available(self) -> bool: ...
     def running(self) -> bool: ...
+    def servers(self) -> tuple[MpsServer, ...] | None:
+        """The servers of the daemon in use, with their clients; None when it does not answer."""
+        ...
+
     def start(self) -> Mapping[str, str]:
         """Start it if need be; returns the environment that clients need."""
         ...
@@ -136,6 +142,30 @@ class ModelRepository(Protocol):
         ...
 
 
+class AdoptableRepository(ModelRepository, Protocol):
+    """A repository that keeps the originals of adopted configs, in itself and crash-safe."""
+
+    def adopted(self) -> tuple[str, ...]: ...
+    def original(self, model: str) -> Original | None:
+        """None for a model that is as it was, or was never adopted."""
+        ...
+
+    def keep_originals(self, originals: Mapping[str, tuple[str | None, bool | None]]) -> None:
+        """Model -> its config, and whether the server serves it (None: unknown). On disk when it returns."""
+        ...
+
+    def drop_unneeded_originals(self) -> None: ...
+
+
+class ModelLook(Protocol):
+    """What a model is, told by its files. Errors: InputError, one line that names the file and the fault."""
+
+    def facts(self, model: str) -> ModelFacts: ...
+    def check(self, facts: ModelFacts, found: Suitability) -> None:
+        """Raises where the dstack backend could not serve its versions under its config."""
+        ...
+
+
 class EditJournal(Protocol):
     """The rewrites of one plan under way, on disk, so that a controller that died can be cleaned up after."""
 
@@ -155,6 +185,14 @@ class StubProcesses(Protocol):
         ...
 
     def alive(self, pids: frozenset[int]) -> frozenset[int]: ...
+    def all_pids(self) -> frozenset[int]:
+        """Process ids of all its stubs; empty where they cannot be seen."""
+        ...
+
+    def kill(self, pids: frozenset[int]) -> None:
+        """End those of them that are stubs of this server, at once. Others are left alone."""
+        ...
+
     def blind_reason(self) -> str: ...
 
 

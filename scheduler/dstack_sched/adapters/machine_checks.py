@@ -13,7 +13,8 @@ from pathlib import Path
 
 from dstack_backend import numpy_bridge
 from dstack_backend.endpoint import socket_path
-from dstack_sched.adapters.mps import CONTROL, GPU_DEVICE, MpsDaemon
+from dstack_sched.adapters.mps import GPU_DEVICE, MpsDaemon
+from dstack_sched.adapters.mps_console import CONTROL
 from dstack_sched.adapters.perf_analyzer import find_perf_analyzer
 from dstack_sched.adapters.ports_free import choose_ports
 from dstack_sched.adapters.server_install import (

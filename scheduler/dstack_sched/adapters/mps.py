@@ -12,15 +12,51 @@ from pathlib import Path
 
 from dstack_backend.endpoint import runtime_dir
 from dstack_sched.adapters.kept_process import KeptProcess
+from dstack_sched.adapters.mps_console import CONTROL, PIPE_VARIABLE, MpsConsole
+from dstack_sched.domain.mps import MpsServer
 from dstack_sched.errors import InputError, MachineError
 
-CONTROL = "nvidia-cuda-mps-control"
 GPU_DEVICE = Path("/dev/nvidiactl")
 DEFAULT_PIPE_DIR = Path("/tmp/nvidia-mps")  # noqa: S108 - where NVIDIA's own default is
-PIPE_VARIABLE = "CUDA_MPS_PIPE_DIRECTORY"
 LOG_VARIABLE = "CUDA_MPS_LOG_DIRECTORY"
+OWNER_FILE = "dstack-owner"  # in our own pipe directory: who started the daemon there
+BY_HAND = "dstackctl mps start"
 START_TIMEOUT_S = 15.0
 QUIT_TIMEOUT_S = 10.0
+
+
+def mps_available(environ: Mapping[str, str] = os.environ) -> bool:
+    """A GPU and the control program are here."""
+    return GPU_DEVICE.exists() and shutil.which(CONTROL, path=environ.get("PATH")) is not None
+
+
+def own_directory(environ: Mapping[str, str] = os.environ) -> Path:
+    """Where our daemon has its pipes, always the same: clients of one that died find the next there."""
+    return runtime_dir(environ) / "mps"
+
+
+def usual_directories(environ: Mapping[str, str] = os.environ) -> tuple[Path, ...]:
+    """Where a daemon may answer: $CUDA_MPS_PIPE_DIRECTORY, else NVIDIA's default place; then ours."""
+    named = environ.get(PIPE_VARIABLE)
+    return Path(named) if named else DEFAULT_PIPE_DIR, own_directory(environ)
+
+
+def find_daemon(environ: Mapping[str, str] = os.environ) -> MpsConsole | None:
+    """The daemon that programs of this environment would use, if one answers."""
+    if not mps_available(environ):
+        return None
+    consoles = (MpsConsole(each, environ) for each in usual_directories(environ))
+    return next((each for each in consoles if each.answers()), None)
+
+
+def owner_of(console: MpsConsole, environ: Mapping[str, str] = os.environ) -> str | None:
+    """Which command of ours started this daemon; None: somebody else did."""
+    if console.pipe_dir != own_directory(environ):
+        return None
+    try:
+        return (console.pipe_dir / OWNER_FILE).read_text().strip() or None
+    except OSError:
+        return None
 
 
 class MpsDaemon:
@@ -34,10 +70,7 @@ class MpsDaemon:
         self.log_path = log_path
         self._environ = dict(environ)
         self._process: KeptProcess | None = None
-        self._own_dir = runtime_dir(environ) / "mps"
-        named = environ.get(PIPE_VARIABLE)
-        self._usual_dirs = [Path(named) if named else DEFAULT_PIPE_DIR, self._own_dir]
-        self._pipe_dir = self._usual_dirs[0]
+        self._console = MpsConsole(usual_directories(environ)[0], environ)
 
     @property
     def name(self) -> str:
@@ -50,41 +83,41 @@ class MpsDaemon:
 
     def available(self) -> bool:
         """A GPU and the control program are here."""
-        return GPU_DEVICE.exists() and shutil.which(CONTROL, path=self._environ.get("PATH")) is not None
+        return mps_available(self._environ)
 
     def running(self) -> bool:
         """Whether a daemon answers: ours, or one in the usual places, which is then the one in use."""
-        if not self.available():
-            return False
         if self._process is None:
-            answering = (each for each in self._usual_dirs if self._answers(each))
-            self._pipe_dir = next(answering, self._own_dir)
-        return self._answers(self._pipe_dir)
+            found = find_daemon(self._environ)
+            self._console = found or MpsConsole(own_directory(self._environ), self._environ)
+            return found is not None
+        return self._console.answers()
+
+    def servers(self) -> tuple[MpsServer, ...] | None:
+        """The servers of the daemon in use; None when it does not answer. From any thread."""
+        return self._console.servers()
 
     def start(self) -> Mapping[str, str]:
         """Start it if need be; the environment that clients need. {} where there is no GPU."""
         if not self.available():
             return {}
         if self._process is None and self.running():
-            return {PIPE_VARIABLE: str(self._pipe_dir)}
+            return {PIPE_VARIABLE: str(self._console.pipe_dir)}
         if self._process is None or self._process.poll() is not None:
             self._start_own()
-        return {PIPE_VARIABLE: str(self._pipe_dir), LOG_VARIABLE: str(self._pipe_dir / "log")}
+        return client_environment(self._console.pipe_dir)
 
     def _start_own(self) -> None:
-        """In a fresh directory, always of the same name: clients of one that died find the new one there."""
         if self._process is not None:
             self._process.stop()
-        self._pipe_dir = self._own_dir
-        private_directory(self._own_dir.parent)
-        shutil.rmtree(self._own_dir, ignore_errors=True)
-        (self._own_dir / "log").mkdir(parents=True, mode=0o700)
+        pipe_dir = prepare_directory(f"dstackctl, process {os.getpid()}", self._environ)
+        self._console = MpsConsole(pipe_dir, self._environ)
         self._process = KeptProcess(
             [CONTROL, "-f"],
             log_path=self.log_path,
-            env=self._client_environment(),
+            env=daemon_environment(pipe_dir, self._environ),
             grace_s=QUIT_TIMEOUT_S,
-            remove=[self._pipe_dir],
+            remove=[pipe_dir],
         )
         until = time.monotonic() + START_TIMEOUT_S
         while not self.running():
@@ -103,34 +136,60 @@ class MpsDaemon:
     def stop(self) -> None:
         """Stop our daemon, if it is ours: asked first, so that its server process ends in order."""
         if self._process is not None:
-            self._ask(f"quit -t {QUIT_TIMEOUT_S:.0f}", self._pipe_dir, timeout_s=QUIT_TIMEOUT_S + 5.0)
+            self._console.quit(QUIT_TIMEOUT_S)
             self._process.stop()
             self._process = None
 
-    def _client_environment(self) -> dict[str, str]:
-        return {
-            **self._environ,
-            PIPE_VARIABLE: str(self._pipe_dir),
-            LOG_VARIABLE: str(self._pipe_dir / "log"),
-        }
 
-    def _answers(self, pipe_dir: Path) -> bool:
-        return pipe_dir.is_dir() and self._ask("get_server_list", pipe_dir) is not None
+def start_in_background(environ: Mapping[str, str] = os.environ) -> MpsConsole:
+    """A daemon of ours that outlives this program. Errors: MachineError, InputError."""
+    pipe_dir = prepare_directory(BY_HAND, environ)
+    console = MpsConsole(pipe_dir, environ)
+    run = subprocess.run(
+        [CONTROL, "-d"], env=daemon_environment(pipe_dir, environ), text=True, capture_output=True,
+        stdin=subprocess.DEVNULL, timeout=START_TIMEOUT_S,
+    )  # fmt: skip
+    until = time.monotonic() + START_TIMEOUT_S
+    while run.returncode == 0 and not console.answers() and time.monotonic() < until:
+        time.sleep(0.05)
+    if run.returncode != 0 or not console.answers():
+        said = " ".join((run.stderr or run.stdout).split()) or "it does not answer"
+        raise MachineError(f"the MPS daemon ({CONTROL} -d) did not start: {said}; see {pipe_dir / 'log'}")
+    return console
 
-    def _ask(self, command: str, pipe_dir: Path, timeout_s: float = 5.0) -> str | None:
-        """The daemon's answer to one control command; None when none answers."""
-        try:
-            run = subprocess.run(
-                [CONTROL],
-                input=command + "\n",
-                text=True,
-                capture_output=True,
-                timeout=timeout_s,
-                env={**self._environ, PIPE_VARIABLE: str(pipe_dir)},
-            )
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return run.stdout if run.returncode == 0 else None
+
+def stop_in_background(console: MpsConsole) -> None:
+    """End a daemon that start_in_background started, and its directories. Errors: MachineError."""
+    console.quit(QUIT_TIMEOUT_S)
+    until = time.monotonic() + QUIT_TIMEOUT_S
+    while console.answers():
+        if time.monotonic() > until:
+            raise MachineError(f"the MPS daemon at {console.pipe_dir} did not end; end its process by hand")
+        time.sleep(0.05)
+    shutil.rmtree(console.pipe_dir, ignore_errors=True)
+
+
+def client_environment(pipe_dir: Path) -> dict[str, str]:
+    """What clients of a daemon there need."""
+    return {PIPE_VARIABLE: str(pipe_dir), LOG_VARIABLE: str(pipe_dir / "log")}
+
+
+def daemon_environment(pipe_dir: Path, environ: Mapping[str, str]) -> dict[str, str]:
+    """What a daemon of ours runs in. It sees all GPUs: under CUDA_VISIBLE_DEVICES it would number them anew,
+    and clients with the same variable would look for numbers that are not there."""
+    shown = {key: value for key, value in environ.items() if key != "CUDA_VISIBLE_DEVICES"}
+    return {**shown, **client_environment(pipe_dir)}
+
+
+def prepare_directory(owner: str, environ: Mapping[str, str]) -> Path:
+    """Fresh directories for a daemon of ours. Errors: InputError where others could plant sockets there."""
+    pipe_dir = own_directory(environ)
+    private_directory(pipe_dir.parent)
+    shutil.rmtree(pipe_dir, ignore_errors=True)
+    for each in (pipe_dir, pipe_dir / "log"):
+        each.mkdir(mode=0o700)
+    (pipe_dir / OWNER_FILE).write_text(owner + "\n")
+    return pipe_dir
 
 
 def private_directory(path: Path) -> None:

@@ -5,6 +5,7 @@ A stub is a child of tritonserver, `triton_python_backend_stub REPOSITORY/MODEL/
 
 from __future__ import annotations
 
+import contextlib
 import socket
 from pathlib import Path
 
@@ -36,8 +37,34 @@ class LocalStubProcesses:
     def alive(self, pids: frozenset[int]) -> frozenset[int]:
         return frozenset(pid for pid in pids if _runs(pid))
 
+    def all_pids(self) -> frozenset[int]:
+        return frozenset(each.pid for each in self._stubs())
+
+    def kill(self, pids: frozenset[int]) -> None:
+        for each in self._stubs():
+            if each.pid in pids:
+                with contextlib.suppress(psutil.Error):
+                    each.kill()
+
+    def _stubs(self) -> list[psutil.Process]:
+        server = self._find_server()
+        try:
+            children = server.children() if server else []
+        except psutil.Error:
+            return []
+        return [each for each in children if _is_stub(each)]
+
     def repositories(self) -> tuple[Path, ...]:
         """The model repositories on its command line; empty where it cannot be seen."""
+        named = self.options("--model-repository", "--model-store")
+        try:
+            folder = Path(self._server.cwd()) if named and self._server else Path()
+        except psutil.Error:
+            folder = Path()
+        return tuple(folder / path for path in named)
+
+    def options(self, *names: str) -> tuple[str, ...]:
+        """The values of these options on its command line, in order; empty where it cannot be seen."""
         server = self._find_server()
         try:
             argv = server.cmdline() if server else []
@@ -46,8 +73,8 @@ class LocalStubProcesses:
         found = []
         for word, following in zip(argv, [*argv[1:], ""], strict=True):
             option, equals, value = word.partition("=")
-            if option in ("--model-repository", "--model-store"):
-                found.append(Path(value if equals else following))
+            if option in names:
+                found.append(value if equals else following)
         return tuple(found)
 
     def blind_reason(self) -> str:
@@ -68,6 +95,14 @@ class LocalStubProcesses:
         if self._server is None:
             self._blind = f"no process of this host that we may look at listens at {self._url}"
         return self._server
+
+
+def _is_stub(process: psutil.Process) -> bool:
+    try:
+        argv = process.cmdline()
+    except psutil.Error:
+        return False
+    return bool(argv) and argv[0].endswith(STUB_NAME)
 
 
 def _is_stub_of(process: psutil.Process, model: str) -> bool:

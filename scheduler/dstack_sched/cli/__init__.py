@@ -24,14 +24,17 @@ app = typer.Typer(
 
 # One module a verb, imported when it is asked for: `dstackctl arbiter` must not wait for cvxpy and gRPC.
 VERBS = (
+    "adopt",
     "apply",
     "arbiter",
     "backend",
     "bench",
     "demo",
     "doctor",
+    "mps",
     "plan",
     "profile",
+    "revert",
     "run",
     "serve",
     "simulate",
