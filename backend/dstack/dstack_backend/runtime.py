@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -52,7 +52,8 @@ def load_session(
         raise ModelError(f"gpu_percent {gpu_percent:g}: a number in (0, 100] is wanted")
     check_provider(provider)
     if provider == "cuda":
-        from dstack_backend.runtime_cuda import CudaOptions, load_cuda_session
+        from dstack_backend.cuda_sessions import CudaOptions
+        from dstack_backend.runtime_cuda import load_cuda_session
 
         return load_cuda_session(Path(model_path), gpu_percent, device_id, CudaOptions(**options))
     threads = threads_for(gpu_percent, cpu_cores())
@@ -77,9 +78,10 @@ class CpuBatch:
         self.times_us: Mapping[str, int] = MappingProxyType({})
         self.arrays: list[Array] = []
 
-    def run(self, session: ort.InferenceSession, names: Sequence[str]) -> None:
+    def execute(self, call: Callable[[], list[Array]]) -> None:
+        """Take what the call returns as the outputs, and its time as that of the run."""
         started_ns = time.perf_counter_ns()
-        self.arrays = list(session.run(list(names), self.feeds))
+        self.arrays = call()
         run_us = (time.perf_counter_ns() - started_ns) // 1000
         self.times_us = {"copy_in": 0, "run": run_us, "copy_out": 0}
 
@@ -130,10 +132,11 @@ class CpuSession(TwoPhases):
         sm_groups: int = 0,
     ) -> CpuBatch:
         assert isinstance(staged, CpuBatch) and not device_outputs
-        if self._session is None:
+        session, names = self._session, list(outputs or self._names)
+        if session is None:
             raise RunError("the session is closed")
         try:
-            staged.run(self._session, outputs or self._names)
+            staged.execute(lambda: list(session.run(names, staged.feeds)))
         except Exception as error:
             raise RunError(one_line(error)) from error
         return staged

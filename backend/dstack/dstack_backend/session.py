@@ -70,10 +70,16 @@ class Session(Protocol):
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-    levels: tuple[float, ...]
-    """GPU% that a run can name, rising; empty: the share is fixed when the process starts."""
-    groups: int
-    """SM groups that sm_groups can name, one a bit from bit 0 on; 0: none."""
+
+    @property
+    def levels(self) -> tuple[float, ...]:
+        """GPU% that a run can name, rising; empty: the share is fixed when the process starts."""
+        ...
+
+    @property
+    def groups(self) -> int:
+        """SM groups that sm_groups can name, one a bit from bit 0 on; 0: none."""
+        ...
 
     @property
     def device_bytes(self) -> int:
@@ -133,6 +139,14 @@ class Session(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+def ladder(batch_size: int) -> tuple[int, ...]:
+    """The batch sizes worth preparing for batches up to batch_size: powers of two, and itself. A batch is
+    padded by less than as much again, and the memory of all is about twice that of the largest.
+    """
+    powers = (1 << exponent for exponent in range(batch_size.bit_length()))
+    return tuple(sorted({*(power for power in powers if power <= batch_size), batch_size}))
 
 
 class TwoPhases:

@@ -1,0 +1,200 @@
+"""ONNX Runtime sessions of one model on one CUDA device: their options, and the weights they share."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from dstack_backend import dlpack
+from dstack_backend.errors import ModelError, one_line
+from dstack_backend.onnx_file import external_files
+from dstack_backend.optimized import WEIGHTS, Cache, key_of
+from dstack_backend.runtime import open_onnx, session_options, specs_of
+from dstack_backend.tensors import Array, TensorSpec
+from dstack_backend.weights import SharedWeights
+
+log = logging.getLogger("dstack")
+
+CONV_SEARCHES = ("HEURISTIC", "EXHAUSTIVE", "DEFAULT")
+AGREEMENT = 0.02  # largest relative difference of two runs, by norm: algorithms may differ (TF32)
+TRIAL_ROWS = 2
+SHARED_FROM_BYTES = 1024  # smaller weights stay in the model: some are shapes that ONNX Runtime must see
+_LAYOUT = "1"  # of cache entries
+
+
+@dataclass(frozen=True, slots=True)
+class CudaOptions:
+    """How a model runs on the GPU.
+
+    cuda_graphs: try them. tf32: let FP32 matrix products use TF32, ONNX Runtime's default.
+    conv_algo_search: HEURISTIC loads fast and the same everywhere; EXHAUSTIVE benchmarks while loading.
+    memory_limit_bytes: bound of the device memory that the model takes beside CUDA's own, 0 for none.
+    process_memory_limit_bytes: bound that MPS sets to the process, 0 for none.
+    levels: GPU% that a run can name, by green contexts; empty: the share is MPS's, for the whole process.
+    """
+
+    cuda_graphs: bool = True
+    tf32: bool = True
+    conv_algo_search: str = "HEURISTIC"
+    memory_limit_bytes: int = 0
+    process_memory_limit_bytes: int = 0
+    levels: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.conv_algo_search not in CONV_SEARCHES:
+            raise ModelError(
+                f"conv_algo_search {self.conv_algo_search!r}: one of {', '.join(CONV_SEARCHES)} is wanted"
+            )
+        if any(not 0 < level <= 100 for level in self.levels):
+            raise ModelError(f"levels {list(self.levels)}: numbers in (0, 100] are wanted")
+
+
+class Sessions:
+    """Makes the sessions of a model. memory: the Driver of the device."""
+
+    provider = "CUDAExecutionProvider"
+    device_name = "cuda"  # as io_binding calls it
+    device_type = dlpack.CUDA
+
+    def __init__(
+        self, model_path: Path, device_id: int, options: CudaOptions, memory: Any, cache: Cache | None = None
+    ):
+        self.path, self.device_id, self.options = model_path, device_id, options
+        self._memory, self._cache = memory, cache or Cache()
+        self._weights: SharedWeights | None = None
+        self._optimized: Path | None = None
+
+    @property
+    def shared_bytes(self) -> int:
+        """Device memory of the weights that the sessions share; 0: each has its own."""
+        return self._weights.size_bytes if self._weights else 0
+
+    def open(self, stream: int, *, graphs: bool = False) -> ort.InferenceSession:
+        """A session on a stream; it must be gone before close(). graphs: refuse models that cannot be
+        captured.
+
+        Raises ModelError, DeviceError.
+        """
+        if self._weights is None or self._optimized is None:
+            return self._open(self.path, session_options(), stream, graphs)
+        return self._open_shared(self._optimized, self._weights, stream, graphs)
+
+    def share(self, stream: int) -> None:
+        """Load the weights once for all sessions opened from now on, where the model allows it: its inputs
+        are dynamic in the batch only, and a session with shared weights answers as one without.
+        """
+        if self._weights is not None:
+            return
+        traits = [_LAYOUT, ort.__version__, self.provider, self._memory.name(), str(self.options.tf32)]
+        try:
+            size_bytes = sum(path.stat().st_size for path in (self.path, *external_files(self.path)))
+            path = self._cache.get(
+                key_of(self.path, traits), lambda made: self._optimize(made, stream), size_bytes
+            )
+            self._weights = SharedWeights(path, self._memory, (self.device_type, self.device_id))
+            self._optimized = path
+        except Exception as error:  # whatever is wrong with sharing, the model can be served without
+            log.info("%s: its sessions have weights of their own: %s", self.path, one_line(error))
+
+    def close(self) -> None:
+        if self._weights is not None:
+            self._weights.close()
+            self._weights = None
+
+    def _optimize(self, path: Path, stream: int) -> None:
+        """Write the model as optimised for this device; raise where it cannot be served from that."""
+        options = session_options()
+        options.optimized_model_filepath = str(path)
+        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", WEIGHTS)
+        options.add_session_config_entry(
+            "session.optimized_model_external_initializers_min_size_in_bytes", str(SHARED_FROM_BYTES)
+        )
+        original = self._open(self.path, options, stream, graphs=False)
+        inputs, outputs = specs_of(original, self.path)
+        if not is_bound(inputs, outputs):
+            raise ModelError("its inputs have other dynamic dimensions than the batch")
+        weights = SharedWeights(path, self._memory, (self.device_type, self.device_id))
+        try:
+            shared = self._open_shared(path, weights, stream, graphs=False)
+            feeds = samples(inputs, TRIAL_ROWS, seed=TRIAL_ROWS)
+            wanted, got = original.run(None, feeds), shared.run(None, feeds)
+            if not all(agree(one, other) for one, other in zip(wanted, got, strict=True)):
+                raise ModelError("with shared weights it answers differently")
+            del shared
+        finally:
+            weights.close()
+
+    def _open_shared(
+        self, path: Path, weights: SharedWeights, stream: int, graphs: bool
+    ) -> ort.InferenceSession:
+        options = session_options()
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        weights.add_to(options)
+        return self._open(path, options, stream, graphs)
+
+    def _open(
+        self, path: Path, options: ort.SessionOptions, stream: int, graphs: bool
+    ) -> ort.InferenceSession:
+        options.intra_op_num_threads = 1  # nodes on the CPU are few and small
+        return open_onnx(path, [(self.provider, self._provider_options(stream, graphs))], options)
+
+    def _provider_options(self, stream: int, graphs: bool) -> dict[str, Any]:
+        found: dict[str, Any] = {
+            "device_id": self.device_id,
+            "user_compute_stream": str(stream),
+            "cudnn_conv_algo_search": self.options.conv_algo_search,
+            "arena_extend_strategy": "kSameAsRequested",
+            "use_tf32": int(self.options.tf32),
+            "enable_cuda_graph": int(graphs),
+        }
+        if self.options.memory_limit_bytes:
+            found["gpu_mem_limit"] = max(1, self.options.memory_limit_bytes - self.shared_bytes)
+        return found
+
+
+def is_bound(inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> bool:
+    """Whether all tensors have fixed sizes but for the batch: they can lie in buffers that never move."""
+    return bool(inputs) and all(_batch_only(spec) for spec in (*inputs, *outputs))
+
+
+def _batch_only(spec: TensorSpec) -> bool:
+    shape = spec.shape
+    return (
+        bool(shape)
+        and shape[0] is None
+        and all(dim is not None for dim in shape[1:])
+        and spec.numpy_dtype.kind != "O"
+        and not spec.optional
+    )
+
+
+def samples(inputs: Sequence[TensorSpec], rows: int, seed: int) -> dict[str, Array]:
+    """Random inputs that suit most models: unit reals, and zeros and ones for integers (ids, masks)."""
+    rng = np.random.default_rng(seed)
+    feeds: dict[str, Array] = {}
+    for spec in inputs:
+        shape = (rows, *(int(dim) for dim in spec.shape[1:] if dim is not None))
+        if spec.numpy_dtype.kind == "f":
+            feeds[spec.name] = rng.random(shape, dtype=np.float64).astype(spec.numpy_dtype)
+        else:
+            feeds[spec.name] = rng.integers(0, 2, shape).astype(spec.numpy_dtype)
+    return feeds
+
+
+def agree(one: Array, other: Array) -> bool:
+    """Whether two answers are the same within what other algorithms for the same thing may change."""
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    if one.dtype.kind != "f":
+        return bool(np.array_equal(one, other))
+    a, b = one.astype(np.float64), other.astype(np.float64)
+    if not np.array_equal(np.isfinite(a), np.isfinite(b)):
+        return False
+    finite = np.isfinite(a)
+    return bool(np.linalg.norm((a - b)[finite]) <= AGREEMENT * np.linalg.norm(a[finite]) + 1e-12)

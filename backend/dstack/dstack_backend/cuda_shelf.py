@@ -1,0 +1,237 @@
+"""The programs of a session, by SM groups and batch size: made at load, or later by a thread of its own."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+from dstack_backend.cuda_groups import SmGroups
+from dstack_backend.cuda_programs import Program
+from dstack_backend.cuda_sessions import agree
+from dstack_backend.errors import DeviceLostError, ModelError, one_line
+from dstack_backend.tensors import Array
+
+log = logging.getLogger("dstack")
+
+Key: TypeAlias = tuple[int, int]  # (mask of SM groups, 0: all that the process has; batch size)
+MAX_EXTRA = 24  # programs made on demand beyond those of warm-up; the longest unused ones go first
+Trial: TypeAlias = Callable[[int], tuple[Mapping[str, Array], list[Array]]]  # size -> feeds, wanted answers
+
+
+class Shelf:
+    """make(size, stream, graphs) -> a Program not captured yet; trial(size) -> what it must answer.
+
+    groups: None where the share is fixed. compute: the stream that programs are launched on. limit_bytes:
+    device memory (0: no limit) that used_bytes() may reach."""
+
+    def __init__(
+        self,
+        cuda: Any,
+        make: Callable[[int, int, bool], Program],
+        trial: Trial,
+        *,
+        compute: int,
+        groups: SmGroups | None,
+        graphs: bool,
+        limit_bytes: int = 0,
+        name: str = "",
+    ):
+        self._cuda, self._make, self._trial, self._compute = cuda, make, trial, compute
+        self._groups, self._name, self._limit_bytes = groups, name, limit_bytes
+        self.graphs = graphs  # as long as none failed
+        self.bound = True  # as long as programs answer rightly at all
+        self.used_bytes = 0
+        self._lock = threading.Lock()
+        self._programs: dict[Key, Program] = {}
+        self._shares: dict[int, Any] = {}
+        self._streams: dict[Key, int] = {}
+        self._kept: set[Key] = set()  # from warm-up
+        self._last_use: dict[Key, int] = {}
+        self._uses = 0
+        self._refused: set[Key] = set()
+        self._wished: list[Key] = []
+        self._wishing: threading.Thread | None = None
+        self._closing = False
+
+    @property
+    def sizes(self) -> list[int]:
+        with self._lock:
+            return sorted({size for _, size in self._programs})
+
+    @property
+    def captured(self) -> int:
+        """Batch sizes with a CUDA graph."""
+        with self._lock:
+            return len({size for (_, size), program in self._programs.items() if program.captured})
+
+    def find(self, mask: int, rows: int) -> tuple[int, Program] | None:
+        """The program for a batch and its SM groups: the smallest size that holds it, on the groups nearest
+        to the mask (0: those of the smallest key). What is missing is wished for.
+        """
+        with self._lock:
+            sizes = [size for _, size in self._programs if size >= rows]
+            if not sizes:
+                return None
+            size = min(sizes)
+            masks = [each for each, its in self._programs if its == size]
+            nearest = min(masks, key=lambda each: distance(each, mask))
+            self._uses += 1
+            self._last_use[nearest, size] = self._uses
+            program = self._programs[nearest, size]
+        if nearest != mask:
+            self.wish(mask, size)
+        return nearest, program
+
+    def prepare(self, mask: int, size: int, *, keep: bool = True) -> bool:
+        """Make a program if it is not there. False: it cannot be had, which is logged once."""
+        key = mask, size
+        with self._lock:
+            known = key in self._programs
+            if keep and known:
+                self._kept.add(key)
+        if known or key in self._refused or not self.bound:
+            return known
+        program = self._attempt(key, graphs=True) if self.graphs else None
+        if program is None and self._groups is None and not self._is_full():
+            program = self._attempt(key, graphs=False)
+            self.bound = program is not None or bool(self._programs)
+        if program is None:
+            self._refused.add(key)
+            return False
+        with self._lock:
+            self._programs[key] = program
+            self._last_use[key] = self._uses
+            if keep:
+                self._kept.add(key)
+        self._make_room()
+        return True
+
+    def _attempt(self, key: Key, *, graphs: bool) -> Program | None:
+        mask, size = key
+        if self._is_full():
+            log.warning("%s: no program for batch size %d: gpu_memory_limit_mb is reached", self._name, size)
+            return None
+        free_before = self._cuda.memory_info()[0]
+        program = None
+        stream = 0
+        try:
+            stream = self._stream_on(mask)
+            program = self._make(size, stream, graphs)
+            if graphs:
+                program.capture()
+            self._check(program)
+            self._streams[key] = stream
+            self.used_bytes += max(0, free_before - self._cuda.memory_info()[0])
+            return program
+        except DeviceLostError:
+            raise
+        except (
+            Exception
+        ) as error:  # whatever cannot be captured or bound, ONNX Runtime's own path can still do
+            what = "CUDA graph" if graphs else "bound buffers"
+            log.warning("%s: no %s at batch size %d: %s", self._name, what, size, one_line(error))
+        self._cuda.check()
+        if program is not None:
+            program.close()
+        if stream:
+            self._cuda.destroy_stream(stream)
+        if graphs and not self._programs:
+            self.graphs = False
+        return None
+
+    def _check(self, program: Program) -> None:
+        """Raise ModelError unless it answers as it must: twice, for a first replay may leave something
+        behind.
+        """
+        feeds, wanted = self._trial(program.size)
+        for _ in range(2):
+            got = program.answer(feeds)
+            if len(got) != len(wanted) or not all(map(agree, wanted, got)):
+                raise ModelError("its outputs differ from a plain run")
+
+    def _stream_on(self, mask: int) -> int:
+        if not mask or self._groups is None:
+            return int(self._cuda.stream())
+        if mask not in self._shares:
+            self._shares[mask] = self._groups.share(mask)
+        return int(self._shares[mask].stream())
+
+    def _is_full(self) -> bool:
+        return bool(self._limit_bytes) and self.used_bytes >= self._limit_bytes
+
+    # On demand
+
+    def wish(self, mask: int, size: int) -> None:
+        """Have a program made in the background; at once where that is not possible, nothing happens."""
+        key = mask, size
+        with self._lock:
+            refused = key in self._programs or key in self._refused or key in self._wished
+            if refused or self._closing or not (self.bound and self.graphs):
+                return
+            self._wished.append(key)
+            if self._wishing is None:
+                self._wishing = threading.Thread(target=self._fulfil, name="dstack-programs", daemon=True)
+                self._wishing.start()
+
+    def _fulfil(self) -> None:
+        while True:
+            with self._lock:
+                if not self._wished or self._closing:
+                    self._wished.clear()
+                    self._wishing = None
+                    return
+                key = self._wished[0]
+            try:
+                self.prepare(*key, keep=False)
+            except Exception as error:  # a lost device: the next launch says so to whom it concerns
+                log.error("%s: cannot prepare SM groups %x: %s", self._name, key[0], one_line(error))
+                self._refused.add(key)
+            with self._lock:
+                self._wished = [each for each in self._wished if each != key]
+
+    def _make_room(self) -> None:
+        """Drop the longest unused programs beyond MAX_EXTRA."""
+        while True:
+            with self._lock:
+                extra = [key for key in self._programs if key not in self._kept]
+                if len(extra) <= MAX_EXTRA:
+                    return
+                key = min(extra, key=lambda each: self._last_use.get(each, 0))
+                program = self._programs.pop(key)
+            self._cuda.wait(self._compute)  # its last launch, if it is still under way
+            self._drop(key, program)
+
+    def _drop(self, key: Key, program: Program) -> None:
+        free_before = self._cuda.memory_info()[0]
+        program.close()
+        self._cuda.destroy_stream(self._streams.pop(key))
+        self.used_bytes = max(0, self.used_bytes - max(0, self._cuda.memory_info()[0] - free_before))
+
+    def clear(self) -> None:
+        """Drop all programs, once nothing of them is under way; more can be made."""
+        with self._lock:
+            programs, self._programs = self._programs, {}
+            self._kept.clear()
+        for key, program in programs.items():
+            self._drop(key, program)
+
+    def close(self) -> None:
+        """Stop the thread and drop everything."""
+        with self._lock:
+            self._closing = True
+            thread = self._wishing
+        if thread is not None:
+            thread.join()
+        self.clear()
+        for share in self._shares.values():
+            share.close()
+        self._shares.clear()
+
+
+def distance(have: int, wanted: int) -> tuple[int, int, int]:
+    """How far a set of SM groups is from a wanted one: first by their number, then by how many are others."""
+    if not wanted:
+        return 0, 0, have
+    return abs(have.bit_count() - wanted.bit_count()), (have ^ wanted).bit_count(), have

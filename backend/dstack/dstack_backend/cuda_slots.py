@@ -1,0 +1,201 @@
+"""Device and page-locked memory for batches on their way in and out, reused from batch to batch.
+
+A slot belongs to one batch from stage() to close(): its inputs wait there while another batch computes, its
+outputs leave from there while the next one computes. Three streams, ordered by events:
+
+    copy-in   host -> slot                        | arrived
+    compute   slot -> model, model, model -> slot | started, computed      waits for arrived
+    copy-out  slot -> host                        | leaving, left          waits for computed
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from dstack_backend.errors import RunError
+from dstack_backend.tensors import Array, DeviceArray, Feed, TensorSpec
+
+MAX_SLOTS = 4  # one staged, one running, two being answered
+LEASE_TIMEOUT_S = 30.0
+_EVENTS = ("entering", "arrived", "started", "computed", "leaving", "left")
+
+
+class Rows:
+    """One tensor of up to `capacity` rows: device memory, and its page-locked twin once that is asked for."""
+
+    def __init__(self, cuda: Any, spec: TensorSpec, capacity: int):
+        self.dtype = spec.numpy_dtype
+        self.row_shape = tuple(int(dim) for dim in spec.shape[1:] if dim is not None)
+        self.row_bytes = math.prod(self.row_shape) * self.dtype.itemsize
+        self.shape = (capacity, *self.row_shape)
+        self._cuda = cuda
+        self.device = cuda.allocate(capacity * self.row_bytes)
+        self._host: Array | None = None
+
+    @property
+    def size_bytes(self) -> int:
+        return self.shape[0] * self.row_bytes
+
+    def host(self) -> Array:
+        if self._host is None:
+            self._host = self._cuda.allocate_pinned(self.shape, self.dtype)
+        return self._host
+
+    def close(self) -> None:
+        if self._host is not None:
+            self._cuda.free_pinned(self._host)
+            self._host = None
+        self._cuda.free(self.device)
+
+
+class Slot:
+    """The memory and events of one batch of up to `capacity` rows."""
+
+    def __init__(self, cuda: Any, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], capacity: int):
+        self.capacity = capacity
+        self._cuda = cuda
+        self.inputs = {spec.name: Rows(cuda, spec, capacity) for spec in inputs}
+        self.outputs = {spec.name: Rows(cuda, spec, capacity) for spec in outputs}
+        self.event = {name: cuda.event() for name in _EVENTS}
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(rows.size_bytes for rows in (*self.inputs.values(), *self.outputs.values()))
+
+    def enter(self, feeds: Mapping[str, Feed], pinned: Mapping[int, Array], stream: int) -> None:
+        """Queue the copies of the inputs. `pinned`: page-locked arrays of ours by address, taken as they
+        are.
+        """
+        self._cuda.record(self.event["entering"], stream)
+        for name, feed in feeds.items():
+            target = self.inputs[name]
+            at = 0
+            for part in parts_of(feed):
+                check_part(name, part, target)
+                end = at + len(part)
+                pointer = target.device + at * target.row_bytes
+                if isinstance(part, DeviceArray):
+                    self._cuda.copy(pointer, part.pointer, part.nbytes, stream)
+                else:
+                    source = part
+                    if part.ctypes.data not in pinned or not part.flags.c_contiguous:
+                        source = target.host()[at:end]
+                        np.copyto(source, part, casting="no")
+                    self._cuda.to_device(pointer, source.ctypes.data, source.nbytes, stream)
+                at = end
+        self._cuda.record(self.event["arrived"], stream)
+
+    def leave(self, names: Sequence[str], rows: int, stream: int) -> None:
+        """Queue the copies of these outputs to the host, behind the computation."""
+        self._cuda.hold(stream, self.event["computed"])
+        self._cuda.record(self.event["leaving"], stream)
+        for name in names:
+            source = self.outputs[name]
+            self._cuda.to_host(source.host().ctypes.data, source.device, rows * source.row_bytes, stream)
+        self._cuda.record(self.event["left"], stream)
+
+    def times_us(self) -> dict[str, int]:
+        """Device time of the stages, once the batch has left."""
+        between = self._cuda.elapsed_us
+        event = self.event
+        return {
+            "copy_in": between(event["entering"], event["arrived"]),
+            "run": between(event["started"], event["computed"]),
+            "copy_out": between(event["leaving"], event["left"]),
+        }
+
+    def close(self) -> None:
+        for rows in (*self.inputs.values(), *self.outputs.values()):
+            rows.close()
+        for event in self.event.values():
+            self._cuda.destroy_event(event)
+
+
+class Slots:
+    """The slots of a session: made when needed, at most MAX_SLOTS, each for as many rows as any so far."""
+
+    def __init__(self, cuda: Any, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]):
+        self._cuda, self._specs = cuda, (inputs, outputs)
+        self._returned = threading.Condition()
+        self._free: list[Slot] = []
+        self._made = 0
+        self.capacity = 1  # rows of the slots made from now on, at least
+        self.size_bytes = 0
+
+    def lease(self, rows: int) -> Slot:
+        """A slot for a batch; waits for one to come back. Raises RunError when none does in
+        LEASE_TIMEOUT_S.
+        """
+        with self._returned:
+            ready = self._returned.wait_for(
+                lambda: self._free or self._made < MAX_SLOTS, timeout=LEASE_TIMEOUT_S
+            )
+            if not ready:
+                raise RunError(
+                    f"{MAX_SLOTS} batches are under way and none was closed in {LEASE_TIMEOUT_S:g} s"
+                )
+            slot = self._free.pop() if self._free else None
+            self._made += slot is None
+            self.capacity = max(self.capacity, rows)
+        try:
+            if slot is None or slot.capacity < rows:
+                slot = self._remake(slot)
+        except BaseException:
+            with self._returned:
+                self._made -= 1
+                self._returned.notify()
+            raise
+        return slot
+
+    def _remake(self, small: Slot | None) -> Slot:
+        if small is not None:
+            self.size_bytes -= small.size_bytes
+            small.close()
+        self._cuda.use()
+        slot = Slot(self._cuda, *self._specs, self.capacity)
+        self.size_bytes += slot.size_bytes
+        return slot
+
+    def give_back(self, slot: Slot) -> None:
+        with self._returned:
+            self._free.append(slot)
+            self._returned.notify()
+
+    def close(self) -> None:
+        """Free the slots that are not in use."""
+        with self._returned:
+            free, self._free = self._free, []
+            self._made -= len(free)
+        for slot in free:
+            self.size_bytes -= slot.size_bytes
+            slot.close()
+
+
+def parts_of(feed: Feed) -> Sequence[Array | DeviceArray]:
+    """A feed as the arrays whose rows follow one another."""
+    return (feed,) if isinstance(feed, np.ndarray | DeviceArray) else feed
+
+
+def rows_of(feeds: Mapping[str, Feed]) -> int:
+    """Rows of a batch, by its first input; 0 where that has no dimension. Raises RunError where others
+    differ.
+    """
+    counts = {
+        name: sum(len(part) if part.ndim else 0 for part in parts_of(feed)) for name, feed in feeds.items()
+    }
+    if len(set(counts.values())) > 1:
+        raise RunError(f"inputs of one batch with different numbers of rows: {counts}")
+    return next(iter(counts.values()), 0)
+
+
+def check_part(name: str, part: Array | DeviceArray, target: Rows) -> None:
+    if part.dtype != target.dtype or tuple(part.shape[1:]) != target.row_shape:
+        raise RunError(
+            f"input {name!r} is {part.dtype} {list(part.shape)}; the model takes {target.dtype} "
+            f"{['rows', *target.row_shape]}"
+        )

@@ -1,0 +1,104 @@
+"""Models as ONNX Runtime optimised them, kept in a private cache: <key>/model.onnx and <key>/weights.bin.
+
+The key tells the content of the model, the device, ONNX Runtime's version and the options that matter, so an
+entry never goes stale. Model repositories may be read-only: nothing is written there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from dstack_backend.errors import DeviceError
+from dstack_backend.onnx_file import external_files
+
+CACHE_VARIABLE = "DSTACK_CACHE_DIR"
+MODEL, WEIGHTS = "model.onnx", "weights.bin"
+MAX_BYTES = 32 << 30
+SPARE_BYTES = 1 << 30  # of the disk, left to others
+
+
+def cache_directory(environ: dict[str, str] | None = None) -> Path:
+    """$DSTACK_CACHE_DIR, else $XDG_CACHE_HOME/dstack, else ~/.cache/dstack."""
+    environ = dict(os.environ) if environ is None else environ
+    if named := environ.get(CACHE_VARIABLE):
+        return Path(named)
+    base = environ.get("XDG_CACHE_HOME") or Path(environ.get("HOME") or "/tmp") / ".cache"  # noqa: S108
+    return Path(base) / "dstack"
+
+
+def key_of(model_path: Path, traits: Iterable[str]) -> str:
+    """The name of a model's entry: a digest of its files and of the traits that its optimised form has."""
+    digest = hashlib.blake2b(digest_size=20)
+    for trait in traits:
+        digest.update(trait.encode() + b"\0")
+    for path in (model_path, *external_files(model_path)):
+        digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 22):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+class Cache:
+    """Entries under a directory of ours (0700), the longest unused ones removed beyond max_bytes.
+
+    Errors: OSError and DeviceError mean that nothing can be kept; the caller does without.
+    """
+
+    def __init__(self, directory: Path | None = None, max_bytes: int = MAX_BYTES):
+        self._directory = (directory or cache_directory()) / "optimized"
+        self._max_bytes = max_bytes
+
+    def get(self, key: str, make: Callable[[Path], None], size_bytes: int) -> Path:
+        """The model of an entry; where there is none, make(path of the model to write) makes it first.
+
+        size_bytes: about what it will take. Several processes may make the same entry: one stays.
+        """
+        entry = self._directory / key
+        self._check_owner()
+        if (entry / MODEL).is_file():
+            with contextlib.suppress(OSError):
+                os.utime(entry)
+            return entry / MODEL
+        self._make_room(size_bytes)
+        made = Path(tempfile.mkdtemp(prefix=".making-", dir=self._directory))
+        try:
+            make(made / MODEL)
+            try:
+                made.rename(entry)
+            except OSError:
+                if not (entry / MODEL).is_file():
+                    raise
+        finally:
+            shutil.rmtree(made, ignore_errors=True)
+        return entry / MODEL
+
+    def _check_owner(self) -> None:
+        """Sessions trust what lies here: it must be ours alone."""
+        self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = self._directory.stat()
+        if status.st_uid != os.geteuid() or status.st_mode & 0o022:
+            raise DeviceError(
+                f"{self._directory}: others can write there; set {CACHE_VARIABLE} to a private one"
+            )
+
+    def _make_room(self, size_bytes: int) -> None:
+        entries = []
+        for entry in self._directory.iterdir():
+            with contextlib.suppress(OSError):  # another process removes too
+                used = sum(file.stat().st_size for file in entry.iterdir())
+                entries.append((entry.stat().st_mtime, used, entry))
+        entries.sort(reverse=True)
+        held = sum(used for _, used, _ in entries)
+        while entries and held + size_bytes > self._max_bytes:
+            _, used, oldest = entries.pop()
+            shutil.rmtree(oldest, ignore_errors=True)
+            held -= used
+        if shutil.disk_usage(self._directory).free < size_bytes + SPARE_BYTES:
+            raise OSError(f"{self._directory}: the disk is nearly full; set {CACHE_VARIABLE} to another one")
