@@ -66,3 +66,7 @@ perf-simulation: setup ## every policy in every simulated cell -> perf/reports/s
 .PHONY: perf-h100-profiles
 perf-h100-profiles: ## on a GPU host with torch: profile eight models -> perf/reports/h100/profiles.json
 	$(PYTHON) perf/h100_profiles.py
+
+.PHONY: perf-h100-dataplane
+perf-h100-dataplane: ## on a GPU host with torch: what is served against what the GPU can do -> perf/reports/h100/dataplane.json
+	$(PYTHON) perf/h100_dataplane.py

@@ -39,6 +39,11 @@ def _git(*arguments: str) -> str:
     return done.stdout.strip()
 
 
+def now() -> str:
+    """The time in UTC, to the second."""
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+
+
 def machine() -> dict[str, Any]:
     """The processor, its cores, memory and load, and the interpreter."""
     model = platform.machine()
@@ -63,7 +68,7 @@ def write_report(path: Path, command: str, figures: Mapping[str, Any]) -> Path:
         "version": VERSION,
         "command": command,
         "commit": commit(),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": now(),
         "machine": machine(),
     }
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 from types import SimpleNamespace
@@ -10,7 +11,17 @@ import numpy as np
 import pytest
 
 from dstack_backend import measure
-from dstack_backend.measure import Loop, Worker, drift, half_width, parse_shape, sample, serve, summary
+from dstack_backend.measure import (
+    Loop,
+    Worker,
+    drift,
+    half_width,
+    parse_levels,
+    parse_shape,
+    sample,
+    serve,
+    summary,
+)
 from dstack_backend.synthetic import feeds
 from dstack_backend.tensors import TensorSpec
 
@@ -156,7 +167,7 @@ def test_the_protocol_measures_and_ends_with_its_input() -> None:
 
 
 class BucketSession(FakeSession):
-    """As the CUDA session: what a batch size needs is made on first use and kept until forgotten."""
+    """As the CUDA session: what a batch size needs is made by warm_up() and kept until forgotten."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -177,7 +188,40 @@ def test_sizes_made_ready_are_kept_and_others_are_forgotten() -> None:
         {"do": "prepare", "batch_sizes": [4, 1]},
         *({"do": "measure", "batch_size": size, "cap_s": 0.01} for size in sizes),
     )
-    assert session.story == [[1, 4], "forget", "forget"]
+    assert session.story == [[1, 4], [4], [1], [16], "forget", [8], "forget"]
+
+
+class LevelSession(FakeSession):
+    """As a session with levels: a run takes the share it is told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shares: list[dict] = []
+
+    def run(self, batch, outputs, **share):
+        self.shares.append(share)
+
+
+def test_a_share_travels_to_every_run_and_is_left_out_where_none_is_named() -> None:
+    session = LevelSession()
+    share = {"gpu_percent": 25.0, "sm_groups": 15}
+    talk(
+        session,
+        {"do": "measure", "batch_size": 2, "cap_s": 0.01, **share},
+        {"do": "loop", "batch_size": 2, **share},
+        {"do": "stop"},
+    )
+    assert session.shares and all(each == share for each in session.shares)
+    session.shares.clear()
+    talk(session, {"do": "measure", "batch_size": 2, "cap_s": 0.01})
+    assert session.shares and not any(session.shares)
+
+
+@pytest.mark.parametrize("text", ["", "25,", "half"])
+def test_levels_are_percentages_by_comma(text: str) -> None:
+    assert parse_levels("12.5,25") == (12.5, 25.0)
+    with pytest.raises(argparse.ArgumentTypeError, match="wanted GPU percentages by comma"):
+        parse_levels(text)
 
 
 def test_every_failure_is_one_line_and_the_worker_goes_on() -> None:

@@ -14,6 +14,8 @@ worker a GPU%. Worker and profiler exchange JSON, one object a line: commands on
     {"do": "used"}                                 <- {"device_used_bytes": ...}    of all processes
     {"do": "exit"}, or the end of stdin               ends
 
+measure and loop take "gpu_percent" and "sm_groups" too, for a worker that has levels (--levels).
+
 A failure is answered by {"error": "one line"}; one that makes the worker useless also ends it.
 """
 
@@ -125,7 +127,7 @@ class Worker:
             return {"prepared": sorted(self._prepared)}
         if what == "measure":
             batch_size = int(command["batch_size"])
-            taken = sample(self._runner(batch_size), float(command.get("cap_s", 1.0)))
+            taken = sample(self._runner(batch_size, command), float(command.get("cap_s", 1.0)))
             found = {**summary(taken), "memory_bytes": self._memory_bytes()}
             self._forget(batch_size)
             return found
@@ -135,7 +137,7 @@ class Worker:
             if self._loop:
                 raise ValueError("already looping")
             batch_size = int(command["batch_size"])
-            self._loop = Loop(self._runner(batch_size), batch_size)
+            self._loop = Loop(self._runner(batch_size, command), batch_size)
             return {"looping": True}
         if what in ("mark", "stop"):
             if not self._loop:
@@ -152,9 +154,11 @@ class Worker:
         """Run one batch if a loop is on. False: there is nothing to do until the next command."""
         return self._loop.step() if self._loop else False
 
-    def _runner(self, batch_size: int) -> Callable[[], object]:
+    def _runner(self, batch_size: int, command: Mapping[str, Any]) -> Callable[[], object]:
         batch = feeds(self._session.inputs, batch_size, self._shapes)
-        return lambda: self._session.run(batch, None)
+        self._session.warm_up([batch_size])  # as it is served: with a CUDA graph where the model allows one
+        share = {key: command[key] for key in ("gpu_percent", "sm_groups") if key in command}
+        return lambda: self._session.run(batch, None, **share)
 
     def _forget(self, batch_size: int) -> None:
         """A session keeps what it made for a batch size; those of all workers at once may be too much."""
@@ -229,6 +233,14 @@ def parse_shape(text: str) -> tuple[str, tuple[int, ...]]:
     return name, shape
 
 
+def parse_levels(text: str) -> tuple[float, ...]:
+    """GPU percentages by comma."""
+    try:
+        return tuple(float(level) for level in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text}: wanted GPU percentages by comma") from None
+
+
 def serve(worker: Worker, commands: TextIO, answers: TextIO) -> None:
     """Answer commands until `exit` or the end of the input; while a loop is on, run it in between."""
     lines: queue.SimpleQueue[str] = queue.SimpleQueue()
@@ -265,6 +277,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--provider", choices=["cpu", "cuda"], required=True)
     parser.add_argument("--gpu-percent", type=float, default=100.0)
     parser.add_argument("--device-id", type=int, default=0)
+    parser.add_argument("--levels", type=parse_levels, default=(), metavar="P1,P2,...")
     parser.add_argument("--shape", type=parse_shape, action="append", default=[], metavar="NAME:D1,D2,...")
     options = parser.parse_args(arguments)
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
@@ -280,6 +293,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             provider=options.provider,
             gpu_percent=options.gpu_percent,
             device_id=options.device_id,
+            **({"levels": options.levels} if options.levels else {}),
         )
         holds = partial(memory_bytes, options.provider, options.device_id)
         used = partial(device_used_bytes, options.provider, options.device_id)
@@ -296,6 +310,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "memory_bytes": holds(),
             "device_used_before_bytes": used_before,
             "inputs": [[t.name, t.dtype, list(t.dims)] for t in session.inputs],
+            "levels": list(session.levels),
+            "sm_groups": session.groups,
             "load_s": time.perf_counter() - started_s,
         },
     )

@@ -32,7 +32,10 @@ FULL_PERCENT = 100.0
 
 @dataclass(frozen=True)
 class ProbeSettings:
-    """How workers run. environment: what MPS clients need; cap_s: about the longest time for one point."""
+    """How workers run. environment: what MPS clients need; cap_s: about the longest time for one point.
+
+    levels: GPU% that a worker can take from run to run (green contexts); empty: one share a process.
+    """
 
     provider: str = "cpu"
     device_id: int = 0
@@ -40,6 +43,7 @@ class ProbeSettings:
     shapes: Mapping[str, Sequence[int]] = field(default_factory=dict)
     cap_s: float = 1.0
     load_timeout_s: float = LOAD_TIMEOUT_S
+    levels: tuple[float, ...] = ()
 
 
 class Worker:
@@ -53,6 +57,8 @@ class Worker:
         self._started: dict[str, Any] | None = None
         arguments = [f"--provider={settings.provider}", f"--gpu-percent={gpu_percent:g}"]
         arguments += [f"--device-id={settings.device_id}"]
+        if settings.levels:
+            arguments += ["--levels=" + ",".join(f"{level:g}" for level in settings.levels)]
         arguments += [f"--shape={name}:{','.join(map(str, dims))}" for name, dims in settings.shapes.items()]
         environment = {**os.environ, **settings.environment}
         environment.pop("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE", None)

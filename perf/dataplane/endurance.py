@@ -1,0 +1,250 @@
+"""Parts `instances`, `leak` and `mps`: many instances, many loads, and the MPS daemon killed under load."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+
+from dataplane.clients import REQUEST_LIMIT_S, Checked, CheckedClients, totals
+from dataplane.references import reference
+from dataplane.server import Server
+from dataplane.speed import check_answers
+from dataplane.study import Study
+from dstack_backend.device import gpu_memory_used
+from dstack_sched.errors import MachineError
+
+SMALL_BATCH = 4  # few buckets to prepare: these parts load often
+SETTLE_S = 1.0  # the driver gives a dead process's memory back a moment later
+CHECKS_A_INSTANCE = 40
+LEAK_MODEL = "mobilenet_v2"
+LEAK_ABREAST = 10
+MPS_MODELS = ("resnet50", "bert_base", "mobilenet_v2")
+MPS_NAMES = ("nvidia-cuda-mps-control", "nvidia-cuda-mps-server")
+QUIET_BEFORE_S = 2.0
+QUIET_AFTER_S = 2.0  # without a failure, until all counts as well again
+RECOVERY_LIMIT_S = 75.0
+ENOUGH_ANSWERS = 5
+SEND_EVERY_S = 0.02  # a request a model, whatever becomes of those before it
+MOST_UNDER_WAY = 400
+
+
+def memory(study: Study, server: Server) -> dict[str, int]:
+    """What stays while no model is loaded: device memory of everybody, host memory of all but the stubs."""
+    time.sleep(SETTLE_S)
+    processes = server.processes()
+    return {
+        "device_bytes": gpu_memory_used(0) if study.provider == "cuda" else 0,
+        "host_bytes": sum(each.memory_full_info().uss for each in processes),
+        "open_files": sum(each.num_fds() for each in processes),
+        "threads": sum(each.num_threads() for each in processes),
+        "shared_memory_bytes": sum(path.stat().st_size for path in Path("/dev/shm").glob("dstack_*")),
+    }
+
+
+def growth(before: dict[str, int], after: dict[str, int]) -> dict[str, int]:
+    return {key: after[key] - before[key] for key in before}
+
+
+def instances(study: Study) -> dict[str, Any]:
+    """24 instances of the models at once: loaded, each of them serving, unloaded, memory back."""
+    a_model, rest = divmod(study.options.instances, len(study.models))
+    counts = {name: a_model + (index < rest) for index, name in enumerate(study.models)}
+    with Server(study.options.state / "instances", study.provider) as server:
+        before = memory(study, server)
+        for name, count in counts.items():
+            server.add(name, study.path(name), batch_size=SMALL_BATCH, count=count)
+        took_s = server.load(*counts)
+        loaded = memory(study, server)
+        study.say(f"{sum(counts.values())} instances loaded in s: {took_s}")
+        with ThreadPoolExecutor(len(counts)) as pool:
+            list(pool.map(lambda name: serve_some(study, server, name, counts[name]), counts))
+        metrics = server.metrics()
+        served = {
+            instance: int(value)
+            for (metric, _, instance), value in metrics.items()
+            if metric == "dstack_requests_total" and not instance.startswith("seed")
+        }
+        stubs = len(server.stub_pids())
+        unloading_s = server.unload(*counts)
+        after = memory(study, server)
+        return {
+            "instances": counts,
+            "processes": stubs,
+            "served_by_instance": served,
+            "all_served": len(served) == stubs == study.options.instances and all(served.values()),
+            "load_s": took_s,
+            "unload_s": unloading_s,
+            "loaded": growth(before, loaded),
+            "left_behind": growth(before, after),
+            "processes_left": len(server.stub_pids()),
+        }
+
+
+def serve_some(study: Study, server: Server, name: str, count: int) -> None:
+    """Right answers from a model under enough clients to reach each of its instances."""
+    feeds, wanted = reference(study.path(name), SMALL_BATCH)  # a full batch: one request, one instance
+    clients = CheckedClients(server.grpc_url, {name: (feeds, wanted)}, under_way=3 * count)
+    until = time.monotonic() + 20.0
+    while time.monotonic() < until and len(clients.clients[name].answered) < CHECKS_A_INSTANCE * count:
+        time.sleep(0.05)
+    clients.stop()
+    seen = totals(clients)
+    if seen["failed"] or seen["wrong_answers"] or not seen["answered"]:
+        raise MachineError(f"{name} with {count} instances: {seen}")
+
+
+def leak(study: Study) -> dict[str, Any]:
+    """Memory after many load/unload cycles of a light model, ten models at a time.
+
+    The first round is not counted: Triton and the driver keep what they need for later loads.
+    """
+    name = LEAK_MODEL if LEAK_MODEL in study.models else study.models[0]
+    names = [f"cycle_{n}" for n in range(min(LEAK_ABREAST, study.options.cycles))]
+    rounds = -(-study.options.cycles // len(names))
+    with Server(study.options.state / "leak", study.provider) as server:
+        for each in names:
+            server.add(each, study.path(name), batch_size=1, max_batch_size=SMALL_BATCH)
+        idle = memory(study, server)
+        series = [cycle(study, server, names, name)]
+        for number in range(1, rounds + 1):
+            if study.left_s() < 15:
+                study.problem(f"leak: only {number - 1} of {rounds} rounds, the time is up")
+                break
+            series.append(cycle(study, server, names, name))
+            study.say(f"leak: {number * len(names)} cycles: {growth(series[0], series[-1])}")
+    cycles = (len(series) - 1) * len(names)
+    return {
+        "model": name,
+        "cycles": cycles,
+        **growth(series[0], series[-1]),
+        **{f"{key}_per_cycle": slope(series, key) / len(names) for key in ("device_bytes", "host_bytes")},
+        "first_round": growth(idle, series[0]),
+        "series": series,
+    }
+
+
+def cycle(study: Study, server: Server, names: list[str], name: str) -> dict[str, int]:
+    """Load all, one right answer of each, unload all; the memory afterwards."""
+    server.load(*names)
+    with ThreadPoolExecutor(len(names)) as pool:
+        list(pool.map(lambda each: check_answers(study, server, each, name, 1), names))
+    server.unload(*names)
+    return memory(study, server)
+
+
+def slope(series: list[dict[str, int]], key: str) -> float:
+    """Growth a round over the second half of the rounds, by least squares; 0 where they are too few."""
+    values = [each[key] for each in series[len(series) // 2 :]]
+    return float(np.polyfit(range(len(values)), values, 1)[0]) if len(values) > 2 else 0.0
+
+
+def mps(study: Study) -> dict[str, Any]:
+    """The MPS daemon and its server killed under load, then the server alone; on the CPU, where there is no
+    MPS, the stubs in their place: what clients saw, and when every model answered again."""
+    names = [name for name in MPS_MODELS if name in study.models]
+    expected = {name: reference(study.path(name), 2) for name in names}
+    scenarios = {"daemon": MPS_NAMES, "server": MPS_NAMES[1:]} if study.provider == "cuda" else {"stubs": ()}
+    found: dict[str, Any] = {}
+    with Server(study.options.state / "mps", study.provider) as server:
+        for name in names:
+            server.add(name, study.path(name), batch_size=SMALL_BATCH)
+        server.load(*names)
+        for scenario, victims in scenarios.items():
+            if found and study.left_s() < 30:
+                study.problem(f"mps: no time left to kill the {scenario}")
+                break
+            found[scenario] = kill_under_load(study, server, expected, victims)
+            study.say(f"mps, {scenario} killed: {found[scenario]}")
+    return {"scenarios": found}
+
+
+def kill_under_load(study: Study, server: Server, expected: Any, victims: tuple[str, ...]) -> dict[str, Any]:
+    """Steady load on all models, the kill, and the wait until all is well; what the clients saw."""
+    load = CheckedClients(server.grpc_url, expected, under_way=MOST_UNDER_WAY, pause_s=SEND_EVERY_S)
+    try:
+        time.sleep(QUIET_BEFORE_S)
+        before = totals(load)
+        if before["failed"] or before["wrong_answers"] or not before["answered"]:
+            raise MachineError(f"the load does not run well before anything was killed: {before}")
+        killed = kill(server, victims)
+        killed_s = time.monotonic()
+        restarted_s = wait_well(server, load, victims, killed, killed_s)
+    finally:
+        load.stop()
+    by_model = {name: recovered(seen, killed_s) for name, seen in load.clients.items()}
+    times_s = [each for each in by_model.values() if each is not None]
+    well = len(times_s) == len(by_model) and restarted_s is not None
+    if not well:
+        study.problem(f"not all models served again within {RECOVERY_LIMIT_S:g} s: {by_model}")
+    return {
+        "killed": len(killed),
+        "restarted_s": restarted_s,
+        "recovered": well,
+        "recovery_s": max(times_s) if well else None,
+        "recovery_s_by_model": by_model,
+        "sent_every_s": SEND_EVERY_S,
+        "request_limit_s": REQUEST_LIMIT_S,
+        **totals(load),
+    }
+
+
+def kill(server: Server, victims: tuple[str, ...]) -> list[int]:
+    """SIGKILL to the MPS processes of these names below serve; without names, to all stubs."""
+    if not victims:
+        pids = sorted(server.stub_pids())
+    else:
+        pids = [each.pid for each in server.processes() if program(each) in victims]
+        if not pids:
+            raise MachineError("serve runs no MPS daemon of its own: nothing to kill")
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    return pids
+
+
+def program(process: psutil.Process) -> str:
+    """The name of its program; the kernel cuts names at 15 characters, so its command line is asked."""
+    try:
+        return Path(process.cmdline()[0]).name
+    except (psutil.Error, IndexError):
+        return ""
+
+
+def wait_well(
+    server: Server, load: CheckedClients, victims: tuple[str, ...], killed: list[int], killed_s: float
+) -> float | None:
+    """Wait until all is well again, or the limit. Seconds until a successor of what was killed was seen."""
+    restarted_s: float | None = None
+    while time.monotonic() - killed_s < RECOVERY_LIMIT_S:
+        time.sleep(0.1)
+        if restarted_s is None and successors(server, victims) - set(killed):
+            restarted_s = round(time.monotonic() - killed_s, 3)
+        quiet_since_s = time.monotonic() - QUIET_AFTER_S
+        if restarted_s is not None and all(
+            seen.last_failure_sent_s() < quiet_since_s
+            and seen.answered_since(quiet_since_s) >= ENOUGH_ANSWERS
+            for seen in load.clients.values()
+        ):
+            break
+    return restarted_s
+
+
+def successors(server: Server, victims: tuple[str, ...]) -> frozenset[int]:
+    """The processes that now do the work of what was killed, the killed ones among them while they last."""
+    if not victims:
+        return server.stub_pids()
+    return frozenset(each.pid for each in server.processes() if program(each) in victims)
+
+
+def recovered(seen: Checked, killed_s: float) -> float | None:
+    """Seconds from the kill to the first right answer to a request that was sent after the last one that
+    failed; None: no such answer came."""
+    since_s = max(killed_s, seen.last_failure_sent_s())
+    ends_s = [ended for sent, ended in list(seen.answered) if sent > since_s]
+    return round(min(ends_s) - killed_s, 3) if ends_s else None

@@ -1,0 +1,238 @@
+"""A deployment under study: `dstackctl serve` as users start it, over a repository that is made here."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+from urllib.request import urlopen
+
+import numpy as np
+import onnx
+import psutil
+import tritonclient.grpc as grpc
+from onnx import TensorProto, helper
+from prometheus_client.parser import text_string_to_metric_families
+from tritonclient.utils import np_to_triton_dtype
+
+from dstack_sched.adapters.mps import PIPE_VARIABLE
+from dstack_sched.adapters.stub_processes import STUB_NAME, LocalStubProcesses
+from dstack_sched.adapters.triton_client import TritonClient
+from dstack_sched.errors import MachineError
+
+START_LIMIT_S = 60.0
+STOP_LIMIT_S = 30.0
+GONE_LIMIT_S = 30.0
+INFER_LIMIT_S = 20.0
+METRICS_PERIOD_S = 1.2  # the backend publishes once a second
+SEED_MODEL = "seed"  # serve wants one model to begin with; this one stays on the CPU
+CLIENT_VARIABLES = (PIPE_VARIABLE, "CUDA_MPS_LOG_DIRECTORY")
+
+
+class Server:
+    """A context manager. Models are added and loaded one by one; `close` ends all and removes its files.
+
+    provider: "cuda" puts models on KIND_GPU instances, "cpu" on KIND_CPU ones. Errors: MachineError.
+    """
+
+    def __init__(self, directory: Path, provider: str, *, arguments: Iterable[str] = ()) -> None:
+        self.provider = provider
+        self.logs = directory / "logs"
+        self._runtime = Path(tempfile.mkdtemp(prefix="dp-", dir="/tmp"))  # sockets need short paths
+        self.repository = self._runtime / "models"
+        self.socket = self._runtime / "arbiter.sock"
+        shutil.rmtree(self.logs, ignore_errors=True)
+        self._place(SEED_MODEL, "instance_group [ { kind: KIND_CPU } ]\n")
+        save_seed(self.repository / SEED_MODEL / "1" / "model.onnx")
+        ports = [word for use in ("http", "grpc", "metrics") for word in (f"--{use}-port", "0")]
+        command = [sys.executable, "-m", "dstack_sched", "serve", str(self.repository), *ports, "--json"]
+        command += ["--state", str(directory), "--socket", str(self.socket), *arguments]
+        environment = {**os.environ, "XDG_RUNTIME_DIR": str(self._runtime)}
+        environment[PIPE_VARIABLE] = str(self._runtime / "no-other-daemon")
+        self.logs.mkdir(parents=True, exist_ok=True)
+        self._said = self._runtime / "serve.json"
+        with self._said.open("w") as out, (self.logs / "serve.err").open("w") as err:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=environment
+            )
+        try:
+            self._started()
+        except BaseException:
+            self.close()
+            raise
+
+    def _started(self) -> None:
+        until = time.monotonic() + START_LIMIT_S
+        while True:
+            try:
+                said = json.loads(self._said.read_text())
+                break
+            except ValueError:
+                pass
+            if self._process.poll() is not None or time.monotonic() > until:
+                raise MachineError(f"dstackctl serve did not start: {last_line(self.logs / 'serve.err')}")
+            time.sleep(0.05)
+        self.grpc_url, self.metrics_url = said["urls"]["grpc"], said["urls"]["metrics"]
+        self.triton_pid = int(said["pid"])
+        self.client = TritonClient(self.grpc_url)
+        self.stubs = LocalStubProcesses(self.grpc_url)
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ctrl-C, as a user would; what does not end is killed, and that is an error."""
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGINT)
+        try:
+            self._process.wait(STOP_LIMIT_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+            raise MachineError(f"dstackctl serve did not stop within {STOP_LIMIT_S:g} s of Ctrl-C") from None
+        finally:
+            shutil.rmtree(self._runtime, ignore_errors=True)
+
+    # -- models ------------------------------------------------------------------------------------------
+
+    def add(
+        self, name: str, path: Path, *, batch_size: int, count: int = 1, max_batch_size: int = 0, **more: str
+    ) -> None:
+        """Put a model file (by link) into the repository. more: parameters of the backend, as texts."""
+        kind = "KIND_GPU" if self.provider == "cuda" else "KIND_CPU"
+        parameters = {"batch_size": str(batch_size), **more}
+        self._place(
+            name,
+            f"max_batch_size: {max_batch_size or batch_size}\n"
+            f"instance_group [ {{ kind: {kind} count: {count} }} ]\n"
+            + "".join(
+                f'parameters {{ key: "{key}" value {{ string_value: "{value}" }} }}\n'
+                for key, value in parameters.items()
+            ),
+        )
+        link = self.repository / name / "1" / "model.onnx"
+        link.unlink(missing_ok=True)
+        link.symlink_to(path.resolve())
+
+    def _place(self, name: str, config: str) -> None:
+        """Write a config; replaced by a rename, so that nobody reads half of it."""
+        folder = self.repository / name
+        (folder / "1").mkdir(parents=True, exist_ok=True)
+        fresh = self._runtime / f"{name}.pbtxt"
+        fresh.write_text('backend: "dstack"\n' + config)
+        fresh.replace(folder / "config.pbtxt")
+
+    def load(self, *names: str) -> dict[str, float]:
+        """Load together; seconds by model. Errors: the first that fails, in Triton's words."""
+        return self._together(self.client.load, names)
+
+    def unload(self, *names: str) -> dict[str, float]:
+        """Unload together and wait until their processes are gone; seconds by model."""
+        return self._together(self._unload, names)
+
+    def _unload(self, name: str) -> None:
+        pids = self.stubs.pids(name) or frozenset()
+        self.client.unload(name)
+        until = time.monotonic() + GONE_LIMIT_S
+        while self.stubs.alive(pids):
+            if time.monotonic() > until:
+                raise MachineError(f"{name}: its processes outlive unloading by {GONE_LIMIT_S:g} s")
+            time.sleep(0.02)
+
+    def _together(self, call: Any, names: Iterable[str]) -> dict[str, float]:
+        def timed(name: str) -> float:
+            started = time.monotonic()
+            call(name)
+            return round(time.monotonic() - started, 3)
+
+        names = list(names)
+        with ThreadPoolExecutor(max(1, len(names))) as pool:
+            return dict(zip(names, pool.map(timed, names), strict=True))
+
+    def infer(self, model: str, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """One request, its outputs by name."""
+        with grpc.InferenceServerClient(self.grpc_url) as client:
+            answer = client.infer(model, request_inputs(feeds), client_timeout=INFER_LIMIT_S)
+        return outputs_of(answer)
+
+    # -- what it uses and says ---------------------------------------------------------------------------
+
+    def client_environment(self) -> dict[str, str]:
+        """Our environment with what a CUDA client needs to reach the MPS daemon that Triton uses."""
+        pairs = Path(f"/proc/{self.triton_pid}/environ").read_bytes().decode(errors="replace").split("\0")
+        theirs = dict(pair.partition("=")[::2] for pair in pairs)
+        return {**os.environ, **{key: theirs[key] for key in CLIENT_VARIABLES if key in theirs}}
+
+    def processes(self) -> list[psutil.Process]:
+        """serve and all below it that are no stubs: what stays when every model is unloaded."""
+        top = psutil.Process(self._process.pid)
+        return [each for each in [top, *top.children(recursive=True)] if not is_stub(each)]
+
+    def stub_pids(self) -> frozenset[int]:
+        """The stubs of all models, but the seed's."""
+        children = psutil.Process(self.triton_pid).children()
+        return frozenset(
+            each.pid for each in children if is_stub(each) and f"/{SEED_MODEL}/" not in str(cmdline(each))
+        )
+
+    def metrics(self) -> dict[tuple[str, str, str], float]:
+        """Triton's metrics, fresh: (name, model, stage or instance) -> value, summed over the rest."""
+        time.sleep(METRICS_PERIOD_S)
+        with urlopen(f"http://{self.metrics_url}/metrics", timeout=5) as answer:
+            text = answer.read().decode()
+        values: dict[tuple[str, str, str], float] = {}
+        for family in text_string_to_metric_families(text):
+            for sample in family.samples:
+                labels = sample.labels
+                key = (sample.name, labels.get("model", ""), labels.get("stage", labels.get("instance", "")))
+                values[key] = values.get(key, 0.0) + sample.value
+        return values
+
+
+def request_inputs(feeds: Mapping[str, np.ndarray]) -> list[grpc.InferInput]:
+    """Arrays as tritonclient wants them."""
+    inputs = []
+    for name, array in feeds.items():
+        tensor = grpc.InferInput(name, list(array.shape), np_to_triton_dtype(array.dtype))
+        tensor.set_data_from_numpy(array)
+        inputs.append(tensor)
+    return inputs
+
+
+def outputs_of(answer: grpc.InferResult) -> dict[str, np.ndarray]:
+    return {each.name: answer.as_numpy(each.name) for each in answer.get_response().outputs}
+
+
+def save_seed(path: Path) -> None:
+    """y = x, for one number."""
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 1]) for name in "xy")
+    graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], SEED_MODEL, [x], [y])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), str(path))
+
+
+def is_stub(process: psutil.Process) -> bool:
+    return any(word.endswith(STUB_NAME) for word in cmdline(process)[:1])
+
+
+def cmdline(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+def last_line(path: Path) -> str:
+    lines = path.read_text(errors="replace").split("\n") if path.exists() else []
+    return next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")

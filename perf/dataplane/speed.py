@@ -1,0 +1,194 @@
+"""Parts `served`, `overhead` and `graphs`: what clients get through Triton, beside the raw loop's figures."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from dataplane.clients import ClosedLoop, perf_analyzer, shm_client
+from dataplane.references import TOLERANCE, reference, relative_error
+from dataplane.server import Server
+from dataplane.study import Study
+from dstack_sched.errors import MachineError
+
+BATCH = 16
+GRAPH_BATCHES = (1, 4, 16)
+CHECK_ROWS = 3
+WHOLE_BATCH_CONCURRENCY = (2, 4, 8)  # requests of 16 rows each
+SINGLE_ROW_CONCURRENCY = (64, 128)
+CUDA_MODEL = "resnet50"
+CUDA_CLIENT_S = 2.0
+GRAPH_MODELS = ("resnet50", "mobilenet_v2", "bert_base")
+PLAIN = "_without_graphs"
+
+
+def speed_server(study: Study) -> Server:
+    """The server of the three parts, with all models loaded at batch size 16. Answers are checked once."""
+    if study.shared is not None:
+        return study.shared
+    server = study.shared = Server(study.options.state / "speed", study.provider)
+    for name in study.models:
+        server.add(name, study.path(name), batch_size=BATCH)
+    study.say(f"loaded in s: {server.load(*study.models)}")
+    for name in study.models:
+        check_answers(study, server, name, name, CHECK_ROWS)
+    return server
+
+
+def check_answers(study: Study, server: Server, served: str, name: str, rows: int) -> float:
+    """How far the served answer is from the CPU provider's. Errors: MachineError where it is wrong."""
+    feeds, wanted = reference(study.path(name), rows)
+    error = relative_error(server.infer(served, feeds), wanted)
+    if error > TOLERANCE:
+        raise MachineError(
+            f"{served}: answers differ from the CPU provider's by {error:.2g} (relative, norm)"
+        )
+    return error
+
+
+def served(study: Study) -> dict[str, Any]:
+    """Throughput at saturation: by model the best of several concurrencies, all of which are listed."""
+    server = speed_server(study)
+    found: dict[str, Any] = {}
+    for name in study.models:
+        found[name] = {
+            "client_batch_16": best(study, server, name, BATCH, WHOLE_BATCH_CONCURRENCY),
+            "client_batch_1": best(study, server, name, 1, SINGLE_ROW_CONCURRENCY),
+            "relative_error": check_answers(study, server, name, name, BATCH),
+        }
+    if CUDA_MODEL in study.models:
+        found[CUDA_MODEL]["cuda_shared_memory"] = with_cuda_memory(study, server, CUDA_MODEL)
+    return {"models": found}
+
+
+def best(
+    study: Study, server: Server, name: str, rows: int, concurrencies: tuple[int, ...]
+) -> dict[str, Any]:
+    """{"best": the fastest, "all": every concurrency}."""
+    loops = [
+        perf_analyzer(server, name, concurrency=concurrency, client_batch=rows)
+        for concurrency in concurrencies
+    ]
+    for loop in loops:
+        say(study, name, loop)
+    return best_of(loops)
+
+
+def best_of(loops: list[ClosedLoop]) -> dict[str, Any]:
+    fastest = max(loops, key=lambda loop: loop.rows_per_s)
+    return {"best": fastest.as_dict(), "all": [loop.as_dict() for loop in loops]}
+
+
+def with_cuda_memory(study: Study, server: Server, name: str) -> dict[str, Any]:
+    """CUDA-shared-memory clients: perf_analyzer and, as a check of the answers, a client of our own. On the
+    CPU provider the same clients with system shared memory, to try them out."""
+    memory = "cuda" if study.provider == "cuda" else "system"
+    loops, found, problems = [], {}, []
+    for concurrency in WHOLE_BATCH_CONCURRENCY[:2]:
+        try:
+            loops.append(
+                perf_analyzer(server, name, concurrency=concurrency, client_batch=BATCH, shared_memory=memory)
+            )
+        except MachineError as error:
+            problems.append(str(error))
+            break
+    for concurrency in WHOLE_BATCH_CONCURRENCY[1:2]:
+        try:
+            loop, error = shm_client(
+                server,
+                name,
+                study.path(name),
+                concurrency=concurrency,
+                rows=BATCH,
+                memory=memory,
+                seconds=CUDA_CLIENT_S,
+            )
+            found["relative_error"] = error
+            if error > TOLERANCE:
+                problems.append(f"answers in {memory} shared memory are off by {error:.2g}")
+            else:
+                loops.append(loop)
+        except MachineError as error:
+            problems.append(str(error))
+    for loop in loops:
+        say(study, name, loop)
+    for problem in problems:
+        study.problem(problem)
+    if loops:
+        found |= best_of(loops)
+    return {**found, "memory": memory, "problems": problems}
+
+
+def say(study: Study, name: str, loop: ClosedLoop) -> None:
+    study.say(
+        f"{name}: {loop.shared_memory} memory, {loop.concurrency} x {loop.client_batch} rows:"
+        f" {loop.rows_per_s:.0f}/s, p50 {loop.latency_ms_p50:.2f} ms, p99 {loop.latency_ms_p99:.2f} ms"
+    )
+
+
+def overhead(study: Study) -> dict[str, Any]:
+    """One client, one row at a time: latency, and where it goes by stage (mean microseconds a request)."""
+    server = speed_server(study)
+    found = {}
+    for name in study.models:
+        before = server.metrics()
+        loop = perf_analyzer(server, name, concurrency=1)
+        found[name] = {**loop.as_dict(), "stages_us": stage_means_us(before, server.metrics(), name)}
+        say(study, name, loop)
+        study.say(f"{name}: {found[name]['stages_us']}")
+    return {"models": found}
+
+
+def stage_means_us(
+    before: dict[tuple[str, str, str], float], after: dict[tuple[str, str, str], float], model: str
+) -> dict[str, float]:
+    """Mean time a sample of each stage between two readings of the metrics; a stage that does not count its
+    samples is taken by request."""
+    grown = {key: value - before.get(key, 0.0) for key, value in after.items() if key[1] == model}
+    requests = sum(value for key, value in grown.items() if key[0] == "dstack_requests_total")
+    means = {}
+    for (name, _, stage), seconds in grown.items():
+        if name != "dstack_stage_seconds_total":
+            continue
+        samples = grown.get(("dstack_stage_samples_total", model, stage), requests)
+        if samples > 0:
+            means[stage] = round(seconds / samples * 1e6, 1)
+    return means
+
+
+def graphs(study: Study) -> dict[str, Any]:
+    """Served throughput with and without CUDA graphs, clients of 1, 4 and 16 rows; the outputs of both."""
+    server = speed_server(study)
+    names = [name for name in GRAPH_MODELS if name in study.models]
+    plain = [name + PLAIN for name in names]
+    for name in names:
+        server.add(name + PLAIN, study.path(name), batch_size=BATCH, cuda_graphs="false")
+    server.load(*plain)
+    found: dict[str, Any] = {}
+    try:
+        for name in names:
+            found[name] = {str(rows): with_and_without(study, server, name, rows) for rows in GRAPH_BATCHES}
+    finally:
+        server.unload(*plain)
+    return {"models": found}
+
+
+def with_and_without(study: Study, server: Server, name: str, rows: int) -> dict[str, Any]:
+    """One model at one client batch."""
+    feeds, _ = reference(study.path(name), rows)
+    error = relative_error(server.infer(name, feeds), server.infer(name + PLAIN, feeds))
+    concurrency = 4 if rows > 1 else 1
+    with_graphs = perf_analyzer(server, name, concurrency=concurrency, client_batch=rows)
+    without = perf_analyzer(server, name + PLAIN, concurrency=concurrency, client_batch=rows)
+    say(study, name, with_graphs)
+    say(study, name + PLAIN, without)
+    return {
+        "with_rows_per_s": with_graphs.rows_per_s,
+        "without_rows_per_s": without.rows_per_s,
+        "speed_up": round(with_graphs.rows_per_s / without.rows_per_s, 4),
+        "latency_ms_p50": [with_graphs.latency_ms_p50, without.latency_ms_p50],
+        "concurrency": concurrency,
+        "relative_difference": error,
+        "outputs_equal": bool(np.isfinite(error) and error < TOLERANCE),
+    }

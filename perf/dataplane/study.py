@@ -1,0 +1,121 @@
+"""One run of the data-plane study: its options, clock, log, and the parts that are done."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from dataplane.server import Server
+from dstack_sched.errors import MachineError
+from report import commit, now, write_report
+
+COMMAND = "make perf-h100-dataplane"
+
+
+class Study:
+    """What the parts share. Each part's result is written as soon as it is there, beside those of earlier
+    runs of the same provider that are in the report already."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.provider: str = options.provider
+        self.models: list[str] = options.models.split(",")
+        self._began_s = time.monotonic()
+        self.problems: list[str] = []
+        options.state.mkdir(parents=True, exist_ok=True)
+        options.out.mkdir(parents=True, exist_ok=True)
+        self.report = options.out / "dataplane.json"
+        self.parts: dict[str, Any] = {} if options.fresh else self._earlier()
+        options.log.parent.mkdir(parents=True, exist_ok=True)
+        self._log = options.log.open("w", encoding="utf-8")
+        self.shared: Server | None = None
+
+    def _earlier(self) -> dict[str, Any]:
+        try:
+            content = json.loads(self.report.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return dict(content.get("parts", {})) if content.get("provider") == self.provider else {}
+
+    def path(self, name: str) -> Path:
+        """The model's file."""
+        path: Path = self.options.models_dir / f"{name}.onnx"
+        return path
+
+    def log_file(self, name: str) -> Path:
+        path: Path = self.options.state / f"{name}.log"
+        return path
+
+    def left_s(self) -> float:
+        """Of the time budget."""
+        left: float = self.options.time_budget_s - (time.monotonic() - self._began_s)
+        return left
+
+    def say(self, text: str) -> None:
+        line = f"[{time.monotonic() - self._began_s:6.1f} s] {text}"
+        print(line, flush=True)
+        self._note(line)
+
+    def problem(self, text: str) -> None:
+        self.problems.append(text)
+        self.say(f"PROBLEM {text}")
+
+    def _note(self, text: str) -> None:
+        self._log.write(text + "\n")
+        self._log.flush()
+
+    def run(
+        self,
+        name: str,
+        part: Callable[[Study], Mapping[str, Any]],
+        needs_s: float,
+        finish: Callable[[], None],
+    ) -> None:
+        """Run one part and write the report. Its failure is recorded and does not end the study."""
+        if self.left_s() < needs_s:
+            self.problem(f"{name}: not run: {self.left_s():.0f} s are left, it needs about {needs_s:.0f}")
+            return
+        began_s = time.monotonic()
+        self.say(f"-- {name}")
+        try:
+            result = dict(part(self))
+        except Exception as error:  # whatever fails, the parts behind it are still wanted
+            result = {"error": " ".join(f"{type(error).__name__}: {error}".split())[:600]}
+            self.problem(f"{name}: {result['error']}")
+            self._note(traceback.format_exc())
+            self._note_logs()
+            self.close()  # the next part starts afresh
+        about = {"commit": commit(), "date": now(), "seconds": round(time.monotonic() - began_s, 1)}
+        self.parts[name] = {**about, **result}
+        finish()
+
+    def close(self) -> None:
+        """Stop the server that parts share, if one runs."""
+        server, self.shared = self.shared, None
+        if server is not None:
+            try:
+                server.close()
+            except MachineError as error:
+                self.problem(str(error))
+
+    def _note_logs(self, lines: int = 60) -> None:
+        """The tails of all logs below the state directory, into the study's log."""
+        for path in sorted(self.options.state.glob("**/*.log")) + sorted(self.options.state.glob("**/*.err")):
+            tail = path.read_text(errors="replace").splitlines()[-lines:]
+            if tail and path != self.options.log:
+                self._note("\n".join([f"---- {path}", *(each[:300] for each in tail)]))
+
+    def result(self, part: str) -> dict[str, Any]:
+        """What a part found, {} where it has not run or failed."""
+        found = self.parts.get(part, {})
+        return {} if "error" in found else found
+
+    def write(self, figures: Mapping[str, Any]) -> None:
+        """The report with these figures in front of the parts they come from."""
+        content = {**figures, "provider": self.provider, "problems": self.problems, "parts": self.parts}
+        write_report(self.report, COMMAND, content)
