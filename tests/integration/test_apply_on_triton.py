@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,12 +18,12 @@ import onnx
 import pytest
 import tritonclient.grpc as grpcclient
 from onnx import TensorProto, helper
-from tritonclient.utils import InferenceServerException
 
 from dstack_backend.endpoint import SOCKET_VARIABLE
 from dstack_sched.adapters.stub_processes import LocalStubProcesses
 from dstack_sched.adapters.triton_client import TritonClient
 from dstack_sched.adapters.triton_process import TritonProcess, find_server
+from fakes.load import Load
 from fakes.onnx_models import WIDTH, SlowSum
 
 MODELS = {name: SlowSum(name, inner=64, depth=2, seed=seed) for seed, name in enumerate(("alpha", "beta"))}
@@ -118,67 +117,18 @@ def as_at_first(site: Site) -> Iterator[None]:
         site.client.load(name)
 
 
-class Load:
-    """Clients in closed loop on both models; every answer is checked."""
-
-    def __init__(self, url: str, clients: int = 4) -> None:
-        self.url = url
-        self.answered = 0
-        self.failures: list[str] = []
-        self._lock = threading.Lock()
-        self._stop = threading.Event()
-        names = list(MODELS)
-        self._threads = [
-            threading.Thread(target=self._client, args=(names[i % 2], i)) for i in range(clients)
-        ]
-
-    def __enter__(self) -> Load:
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        for thread in self._threads:
-            thread.join()
-
-    def wait_for(self, answers: int) -> None:
-        until_s = time.monotonic() + PATIENCE_S
-        while self.answered < answers and time.monotonic() < until_s:
-            time.sleep(0.05)
-
-    def _client(self, name: str, seed: int) -> None:
-        rng = np.random.default_rng(seed)
-        tensor = grpcclient.InferInput(f"x_{name}", [1, WIDTH], "FP32")
-        with grpcclient.InferenceServerClient(self.url) as client:
-            while not self._stop.is_set():
-                x = rng.standard_normal((1, WIDTH)).astype(np.float32)
-                tensor.set_data_from_numpy(x)
-                failure = ""
-                try:
-                    y = client.infer(name, [tensor], client_timeout=30).as_numpy(f"y_{name}")
-                    if not np.allclose(y, MODELS[name].expected(x), atol=1e-3):
-                        failure = "wrong answer"
-                except InferenceServerException as error:
-                    failure = f"{name}: {error}"
-                with self._lock:
-                    self.answered += not failure
-                    if failure:
-                        self.failures.append(failure)
-
-
 def test_a_plan_applied_under_load_loses_no_request(site: Site) -> None:
     """Guards the promise of make-before-break, with the old stubs really gone at the end."""
     stubs = LocalStubProcesses(site.server.grpc_url)
     old = {name: stubs.pids(name) for name in MODELS}
-    with Load(site.server.grpc_url) as load:
+    with Load(site.server.grpc_url, MODELS, clients=2) as load:
         load.wait_for(200)
         status, out, err = site.apply(plan(alpha=(50, 4), beta=(50, 2)))
-        answered_at_the_end = load.answered
+        answered_at_the_end = load.total()
         load.wait_for(max(2_100, answered_at_the_end + 300))
     assert status == 0, err
-    assert load.failures == []
-    assert load.answered >= 2_000
+    assert load.failed() == []
+    assert load.total() >= 2_000
     report = json.loads(out)
     assert report["reloads"] == 2
     assert [each["old_stubs_gone"] for each in report["outcomes"]] == [True, True]
@@ -218,13 +168,13 @@ def test_a_load_that_fails_changes_nothing(site: Site, damage: Any, what: str) -
     """The second model cannot load any more: the first goes back too, both old versions serve on."""
     damage(site.root / "beta" / "1" / "model.onnx")
     tree, parameters = site.tree(), {name: site.in_force(name) for name in MODELS}
-    with Load(site.server.grpc_url) as load:
+    with Load(site.server.grpc_url, MODELS, clients=2) as load:
         load.wait_for(50)
         status, out, err = site.apply(plan(alpha=(50, 4), beta=(50, 2)))
     assert (status, out) == (2, "")
     assert len(err.splitlines()) == 1, err
     assert what in err
-    assert load.failures == []
+    assert load.failed() == []
     assert site.tree() == tree
     assert {name: site.in_force(name) for name in MODELS} == parameters
     assert all(site.answers(name) for name in MODELS)

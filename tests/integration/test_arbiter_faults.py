@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 import psutil
 import pytest
-import tritonclient.grpc as grpcclient
-from tritonclient.utils import InferenceServerException
 
 from dstack_backend.endpoint import SOCKET_VARIABLE
 from dstack_sched.adapters.arbiter_client import SocketArbiterClient
@@ -24,64 +20,12 @@ from dstack_sched.domain.event import EngineModel, PlanChanged
 from dstack_sched.domain.json_form import CPU_INDEX, gpus_to_json
 from dstack_sched.domain.workload import OnLate
 from fakes.arbiter_bench import ArbiterProcess
-from fakes.onnx_models import WIDTH, SlowSum, add_model
+from fakes.load import Load, all_grow, wait_until
+from fakes.onnx_models import SlowSum, add_model
 
 MODELS = ("alpha", "beta", "gamma")
 CLIENTS_A_MODEL = 3
-ANSWER_WITHIN_S = 6.0  # what was inside a killed stub is never answered by Triton 2.51
 SLO_MS = 250.0
-
-
-class Load:
-    """Clients in closed loop; every answer is checked. `answered[model]` and `failed[model]` grow."""
-
-    def __init__(self, url: str, models: dict[str, SlowSum]) -> None:
-        self.url = url
-        self.models = models
-        self.answered = dict.fromkeys(models, 0)
-        self.failed: dict[str, list[str]] = {name: [] for name in models}
-        self._lock = threading.Lock()
-        self._stop = threading.Event()
-        self._threads = [
-            threading.Thread(target=self._client, args=(name, seed))
-            for name in models
-            for seed in range(CLIENTS_A_MODEL)
-        ]
-        for thread in self._threads:
-            thread.start()
-
-    def _client(self, name: str, seed: int) -> None:
-        rng = np.random.default_rng(seed)
-        model = self.models[name]
-        tensor = grpcclient.InferInput(f"x_{name}", [1, WIDTH], "FP32")
-        with grpcclient.InferenceServerClient(self.url) as client:
-            while not self._stop.is_set():
-                x = rng.standard_normal((1, WIDTH)).astype(np.float32)
-                tensor.set_data_from_numpy(x)
-                failure = ""
-                try:
-                    y = client.infer(name, [tensor], client_timeout=ANSWER_WITHIN_S).as_numpy(f"y_{name}")
-                    if not np.allclose(y, model.expected(x), atol=1e-3):
-                        failure = "wrong answer"
-                except InferenceServerException as error:
-                    failure = str(error)
-                with self._lock:
-                    if failure:
-                        self.failed[name].append(failure)
-                    else:
-                        self.answered[name] += 1
-                if failure:
-                    self._stop.wait(0.05)
-
-    def counts(self) -> dict[str, int]:
-        with self._lock:
-            return dict(self.answered)
-
-    def stop(self) -> None:
-        self._stop.set()
-        for thread in self._threads:
-            thread.join(ANSWER_WITHIN_S + 5)
-        assert not any(thread.is_alive() for thread in self._threads), "a request hangs"
 
 
 @pytest.fixture
@@ -119,7 +63,7 @@ def served(
     server = triton(
         tmp_path / "repository", load=MODELS, env={SOCKET_VARIABLE: str(socket)}, extra_args=quick_end
     )
-    load = Load(server.grpc_url, models)
+    load = Load(server.grpc_url, models, clients=CLIENTS_A_MODEL)
     try:
         yield server, arbiter, socket, load
     finally:
@@ -134,21 +78,6 @@ def grants(socket: Path) -> dict[str, int]:
     finally:
         client.close()
     return {name: models.get(name, {}).get("rows", 0) for name in MODELS}
-
-
-def wait_until(what: str, holds, within_s: float = 15.0) -> float:
-    """Seconds it took. Fails with `what` where it does not come true."""
-    began = time.monotonic()
-    while not holds():
-        assert time.monotonic() - began < within_s, f"not within {within_s} s: {what}"
-        time.sleep(0.05)
-    return time.monotonic() - began
-
-
-def all_grow(count, by: int = 5, names=MODELS):
-    """A condition: every one of these counts is `by` more than now."""
-    before = count()
-    return lambda: all(count()[name] >= before[name] + by for name in names)
 
 
 def test_arbiter_that_dies_or_hangs_loses_no_request_and_is_used_again(
@@ -176,7 +105,7 @@ def test_arbiter_that_dies_or_hangs_loses_no_request_and_is_used_again(
     assert said.startswith("CPU: ") and all(name in chart.read_text() for name in MODELS)
 
     load.stop()
-    assert load.failed == {name: [] for name in MODELS}
+    assert load.failed() == []
     status = arbiter.client.request("status")
     assert len(status["backends"]) == len(MODELS), "every instance is joined once"
     assert status["gpus"]["-1"]["planned_models"] == list(MODELS), "the plan survived two restarts"
@@ -230,7 +159,7 @@ def test_stub_that_hangs_or_dies_takes_only_what_it_ran(served, tmp_path: Path) 
     assert states(arbiter.client)["hung"] == 1
     hung.resume()
     wait_until("the hung one is used again", all_grow(lambda: grants(socket)))
-    assert load.failed == {name: [] for name in MODELS}
+    assert load.failed() == []
 
     os.kill(stub_of(server, "beta").pid, signal.SIGKILL)
     wait_until(
@@ -238,17 +167,17 @@ def test_stub_that_hangs_or_dies_takes_only_what_it_ran(served, tmp_path: Path) 
         lambda: {b["model"] for b in arbiter.client.request("status")["backends"]} == set(others),
     )
     wait_until("the others go on by grants", all_grow(lambda: grants(socket), by=20, names=others))
-    assert all(not load.failed[name] for name in others)
+    assert load.failed(*others) == []
 
     # Triton loads again where a file of the version is newer; a newer config of equal content is not enough.
     (tmp_path / "repository" / "beta" / "1" / "model.onnx").touch()
     with TritonClient(server.grpc_url) as client:
         client.load("beta")
-    failed_before = len(load.failed["beta"])
+    failed_before = len(load.failed("beta"))
     wait_until("beta answers again", all_grow(load.counts, names=["beta"]))
     wait_until("beta runs by grants again", all_grow(lambda: grants(socket), names=["beta"]))
     load.stop()
-    assert all(not load.failed[name] for name in others)
-    inside = len(load.failed["beta"]) - failed_before  # those that the dead stub held, one a client at most
-    assert inside <= CLIENTS_A_MODEL, load.failed["beta"]
+    assert load.failed(*others) == []
+    inside = len(load.failed("beta")) - failed_before  # those that the dead stub held, one a client at most
+    assert inside <= CLIENTS_A_MODEL, load.failed("beta")
     arbiter.end(signal.SIGTERM)
