@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -113,13 +114,28 @@ class TritonClient:
         """{"model_stats": [one entry a model and version]}; durations in ns. No name: all models."""
         return self._ask(f"{model}: statistics", self._client.get_inference_statistics, model)
 
-    def load(self, model: str) -> None:
-        """Load or reload from disk; returns when the new version serves. A failed load leaves the old one."""
-        self._call(f"{model}: load", self._client.load_model, LOAD_TIMEOUT_S, model)
+    def load(self, model: str, config: str | None = None) -> None:
+        """Load or reload; returns when the new version serves. A failed load leaves the old one.
+
+        config: a whole config as JSON in place of the one on disk, until a file there is newer or the server
+        restarts; None: from disk.
+        """
+        self._call(f"{model}: load", partial(self._client.load_model, config=config), LOAD_TIMEOUT_S, model)
 
     def unload(self, model: str) -> None:
         """Stop serving; returns before the model is gone from memory."""
         self._call(f"{model}: unload", self._client.unload_model, LOAD_TIMEOUT_S, model)
+
+    def takes_loads(self) -> bool:
+        """Whether it is in explicit model control, found out by unloading a model that there cannot be."""
+        try:
+            self.unload("dstackctl-asks-for-the-control-mode")
+        except ServerError as error:
+            if "explicit model load / unload is not allowed" in str(error):
+                return False
+            if "restricted" in str(error):
+                raise
+        return True
 
     def _ask(self, what: str, call: Callable[..., Message], *args: Any) -> dict[str, Any]:
         return message_to_dict(self._call(what, call, CALL_TIMEOUT_S, *args))

@@ -58,8 +58,8 @@ def adopt(
     """Turn the suitable models of a repository into dstack models; list what is left alone, and why.
 
     Suitable: backend "onnxruntime", platform "onnxruntime_onnx", or neither and a model.onnx, whose files and
-    config the dstack backend can serve. Only `backend` changes, and a parameter is added where the config asks
-    something of onnxruntime's CUDA provider; all else stays byte for byte. The originals are kept in
+    config the dstack backend can serve. Only `backend` changes, and a parameter is added where the config
+    asks something of onnxruntime's CUDA provider; all else stays byte for byte. The originals are kept in
     REPO/.dstack-adopted.json, for `dstackctl revert`.
 
     With --url, or a Triton at the usual port that serves REPO, and explicit model control, the models are

@@ -18,15 +18,16 @@ from dstack_sched.adapters.profile_store import FileProfileStore, model_sha256
 from dstack_sched.adapters.repository import DiskRepository
 from dstack_sched.adapters.stub_processes import LocalStubProcesses
 from dstack_sched.adapters.triton_client import TritonClient
-from dstack_sched.app.apply import Applier, stated_plan
+from dstack_sched.app.apply import Applier, has_levels, stated_plan
 from dstack_sched.app.arbiter_plans import ArbiterPlans
+from dstack_sched.app.changes import Reach
 from dstack_sched.app.edits import ConfigEdits
 from dstack_sched.cli.common import say
 from dstack_sched.domain.change import ApplyReport
 from dstack_sched.domain.plan import Plan
 from dstack_sched.domain.profile import Device, ProfileSet
 from dstack_sched.domain.workload import ModelDemand, Workload
-from dstack_sched.errors import InputError, MachineError
+from dstack_sched.errors import DstackError, InputError, MachineError
 
 OTHERS_END_WITHIN_S = 30.0  # `serve` and `run` reload what died, which takes a moment
 
@@ -50,12 +51,29 @@ class Deployment:
 
         Errors: InputError with all as before; MachineError while another controller is at it.
         """
+        report = self.rewrite(plan, self.reach())
+        self.tell(plan, profiles, workload)
+        return report
+
+    def rewrite(self, plan: Plan, reach: Reach) -> ApplyReport:
+        """State the plan in the configs, with the loads that it needs beyond what instances are told (`reach`).
+
+        Errors: InputError with all as before; MachineError while another controller is at it.
+        """
         with self.edits() as edits:
-            report = Applier(self.repository, self.server, edits).apply(plan)
+            report = Applier(self.repository, self.server, edits).apply(plan, reach)
         for note in report.notes:
             say(note)
-        self.tell_arbiter(plan, profiles, workload)
         return report
+
+    def reach(self) -> Reach:
+        """What running instances can be told now."""
+        try:
+            self.arbiter_plans.arbiter.request("ping")
+        except DstackError:
+            return Reach(arbiter=False)
+        models = self.repository.models()
+        return Reach(True, [model for model in models if has_levels(self.repository.config(model))])
 
     def recover(self) -> None:
         """Finish or undo what an earlier controller left. Errors: MachineError while another one is at it."""
@@ -65,26 +83,39 @@ class Deployment:
     @contextmanager
     def edits(self) -> Iterator[ConfigEdits]:
         """The only one at work on this repository, with nothing half done behind it."""
-        stubs = LocalStubProcesses(self.server.url)
-        with FileEditJournal(self.state, self.repository.root, wait_s=OTHERS_END_WITHIN_S) as journal:
-            self.repository.sweep()
-            edits = ConfigEdits(self.repository, self.server, journal, stubs, SystemClock(), say_progress)
-            for line in edits.recover():
-                say(line)
+        with locked_edits(self.repository, self.server, self.state) as edits:
             yield edits
 
-    def tell_arbiter(self, plan: Plan, profiles: ProfileSet, workload: Workload) -> None:
-        """The plan as the engines take it. The configs are in force by now, so trouble here is said only:
-        without an arbiter the models run ungated, and one that refuses a plan keeps its old one."""
+    def tell(self, plan: Plan, profiles: ProfileSet, workload: Workload) -> bool:
+        """The plan as the engines take it. Trouble here is said only: without an arbiter the models run ungated,
+        and one that refuses a plan keeps its old one. Whether it was told."""
         try:
             self.arbiter_plans.tell(plan, profiles, workload)
         except MachineError as error:
             say(f"{error}; until then models run ungated at their GPU%")
+            return False
         except InputError as error:
-            say(f"{error}; the configs are in force, the arbiter keeps its old plan")
+            say(f"{error}; the arbiter keeps its old plan")
+            return False
+        return True
 
     def stated(self, plan: Plan) -> Plan:
         return stated_plan(self.repository, plan)
+
+
+@contextmanager
+def locked_edits(
+    repository: DiskRepository, server: TritonClient | None, state: Path
+) -> Iterator[ConfigEdits]:
+    """Deployment.edits; without a server, for edits that touch files only."""
+    stubs = LocalStubProcesses(server.url if server else "")
+    with FileEditJournal(state, repository.root, wait_s=OTHERS_END_WITHIN_S) as journal:
+        repository.sweep()
+        edits = ConfigEdits(repository, server, journal, stubs, SystemClock(), say_progress)
+        for line in edits.recover():
+            say(line)
+        repository.drop_unneeded_originals()
+        yield edits
 
 
 def say_progress(line: str) -> None:
