@@ -166,12 +166,52 @@ def test_a_model_without_a_config_file_gets_one_and_loses_it_on_failure(world: W
     assert path.read_text().startswith('backend: "dstack"\n')
 
 
+def gpus_stated(world: World, model: str = "detect") -> list[tuple[int, ...]]:
+    return [group.gpus for group in world.repository.config(model).instance_groups]
+
+
 def test_several_gpus_become_an_instance_group(world: World) -> None:
-    replicas = (Replica(1, 60, 10.0), Replica(0, 60, 10.0))
+    replicas = (Replica(0, 60, 50.0), Replica(1, 60, 50.0))
     world.applier.apply(plan(gpus=("H100", "H100"), detect=row(60, 4, replicas=replicas)))
     assert "instance_group [ { count: 1 kind: KIND_GPU gpus: [ 0, 1 ] } ]" in str(
         world.repository.read_config("detect")
     )
+
+
+def test_a_model_on_one_gpu_of_two_says_which(world: World) -> None:
+    """Guards against an instance on every GPU, which is what Triton makes of a config without gpus."""
+    world.applier.apply(plan(gpus=("H100", "H100"), detect=row(60, 4)))
+    assert gpus_stated(world) == [(0,)]
+
+
+def test_a_model_leaves_a_gpu_that_is_out_and_comes_back_to_it(world: World) -> None:
+    both = row(60, 4, replicas=(Replica(0, 60, 50.0), Replica(1, 60, 50.0)))
+    world.applier.apply(plan(gpus=("H100", "H100"), detect=both, voice=row(30, 1)))
+    world.server.loads.clear()
+    report = world.applier.apply(
+        plan(gpus=("H100", "H100"), detect=row(60, 4, replicas=(Replica(1, 60, 100.0),)), voice=row(30, 1))
+    )
+    assert gpus_stated(world) == [(1,)] and world.server.loads == ["detect"] and report.reloads == 1
+    world.applier.apply(plan(gpus=("H100", "H100"), detect=both, voice=row(30, 1)))
+    assert gpus_stated(world) == [(0, 1)]
+
+
+def test_on_a_host_with_one_gpu_only_a_wrong_gpu_is_rewritten(world: World) -> None:
+    world.applier.apply(plan(gpus=("H100",), detect=row(60, 4)))
+    assert gpus_stated(world) == []
+    replicas = (Replica(1, 60, 50.0),)
+    world.applier.apply(plan(gpus=("H100", "H100"), detect=row(60, 4, replicas=replicas)))
+    assert gpus_stated(world) == [(1,)]
+    world.applier.apply(plan(gpus=("H100",), detect=row(60, 4)))
+    assert gpus_stated(world) == [(0,)]
+
+
+def test_a_memory_limit_is_stated_and_an_operator_s_own_is_kept(world: World) -> None:
+    world.applier.apply(plan(detect=row(60, 4, memory_limit_mb=2048), voice=row(30, 1)))
+    assert world.repository.config("detect").parameters["process_memory_limit_mb"] == "2048"
+    assert "process_memory_limit_mb" not in world.repository.config("voice").parameters
+    world.applier.apply(plan(detect=row(60, 4), voice=row(30, 1)))
+    assert world.repository.config("detect").parameters["process_memory_limit_mb"] == "2048"
 
 
 class Killed(BaseException):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dstack_backend.errors import ModelError
+from dstack_backend.mps_limits import MPS_MEMORY, limit_memory
 from dstack_backend.settings import Settings, model_path, parse_settings
 
 
@@ -49,6 +51,27 @@ def test_all_parameters_are_read() -> None:
     assert got.model_path.name == "net.onnx"
     assert got.cuda["cuda_graphs"] is False
     assert got.cuda["memory_limit_bytes"] == 512 << 20
+
+
+def test_a_bound_of_the_process_s_memory_is_in_mib() -> None:
+    assert settings(kind="GPU").cuda["process_memory_limit_bytes"] == 0
+    assert settings(kind="GPU", process_memory_limit_mb="2048").cuda["process_memory_limit_bytes"] == 2 << 30
+    with pytest.raises(ModelError, match="process_memory_limit_mb is '-1'; a number in"):
+        settings(kind="GPU", process_memory_limit_mb="-1")
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [(None, "1=2048M"), ("0=4G", "0=4G,1=2048M"), ("0=4G, 1=8G", "0=4G,1=2048M"), ("", "1=2048M")],
+)
+def test_the_bound_goes_into_the_environment_of_mps(
+    monkeypatch: pytest.MonkeyPatch, before: str | None, after: str
+) -> None:
+    monkeypatch.delenv(MPS_MEMORY, raising=False)
+    if before is not None:
+        monkeypatch.setenv(MPS_MEMORY, before)
+    limit_memory(1, 2 << 30)
+    assert os.environ[MPS_MEMORY] == after
 
 
 def test_a_model_without_batches_runs_one_at_a_time() -> None:

@@ -24,7 +24,9 @@ PARAMETERS = {
     "cuda_graphs": "true or false",
     "conv_algo_search": "EXHAUSTIVE, HEURISTIC or DEFAULT",
     "tf32": "true or false",
-    "gpu_memory_limit_mb": "bound of onnxruntime's arena; 0: none",
+    "gpu_memory_limit_mb": "bound of the device memory for the model's weights, buffers and graphs; 0: none",
+    "levels": "off, auto, or GPU percentages by comma that a batch can be run at without a reload",
+    "process_memory_limit_mb": "bound of the process's GPU memory, set by MPS; 0: none",
 }
 # Of Triton's onnxruntime backend: an adopted config keeps them, and they are no slips of ours.
 ONNXRUNTIME_PARAMETERS = frozenset(
@@ -43,6 +45,8 @@ ONNXRUNTIME_PARAMETERS = frozenset(
     }
 )
 CONV_SEARCHES = ("EXHAUSTIVE", "HEURISTIC", "DEFAULT")
+AUTO_LEVELS = (25.0, 50.0, 100.0)
+MAX_LEVELS = 16
 DEFAULT_MODEL_FILE = "model.onnx"
 MAX_SLO_MS = 3_600_000
 
@@ -98,6 +102,9 @@ def parse_settings(args: Mapping[str, str]) -> tuple[Settings, list[str]]:
                 "tf32": read.choice("tf32", "true", ("true", "false")) == "true",
                 "conv_algo_search": read.choice("conv_algo_search", "HEURISTIC", CONV_SEARCHES),
                 "memory_limit_bytes": int(read.number("gpu_memory_limit_mb", 0, 0, 1 << 20)) << 20,
+                "levels": read.levels(),
+                "process_memory_limit_bytes": int(read.number("process_memory_limit_mb", 0, 0, 1 << 20))
+                << 20,
             },
         ),
         warnings,
@@ -185,6 +192,24 @@ class _Reader:
                 f"{'(' if open_below else '['}{low:g}, {high:g}] is wanted"
             )
         return value
+
+    def levels(self) -> tuple[float, ...]:
+        """GPU percentages, rising; none for "off"."""
+        text = self.texts.get("levels", "").lower()
+        if text in ("", "off"):
+            return ()
+        if text == "auto":
+            return AUTO_LEVELS
+        try:
+            levels = sorted({float(level) for level in text.split(",")})
+        except ValueError:
+            levels = []
+        if not levels or not 0 < levels[0] <= levels[-1] <= 100 or len(levels) > MAX_LEVELS:
+            raise ModelError(
+                f"model {self.model!r}: parameter levels is {text!r}; off, auto, or at most {MAX_LEVELS} numbers "
+                f"in (0, 100] by comma are wanted"
+            )
+        return tuple(levels)
 
     def choice(self, key: str, default: str, choices: tuple[str, ...]) -> str:
         text = self.texts.get(key, "")

@@ -45,6 +45,8 @@ def plan_change(plan: ModelPlan, config: ModelConfig, gpus: int) -> ConfigChange
     wanted = {"gpu_percent": _number(plan.gpu_percent), "batch_size": str(plan.batch_size)}
     if plan.slo_ms is not None:
         wanted |= {"slo_ms": _number(plan.slo_ms), "on_late": plan.on_late.value}
+    if plan.memory_limit_mb is not None:
+        wanted["process_memory_limit_mb"] = str(plan.memory_limit_mb)
     stated = config.parameters
     parameters = {
         key: stated[key] if _same(stated.get(key), value) else value for key, value in wanted.items()
@@ -55,7 +57,7 @@ def plan_change(plan: ModelPlan, config: ModelConfig, gpus: int) -> ConfigChange
         parameters=parameters,
         preferred_batch_sizes=_preferred(plan.batch_size, config) if batches else None,
         max_queue_delay_us=0 if batches else None,  # waiting is the backend's: decisions/0040
-        instance_groups=_instance_groups(plan) if gpus > 1 else None,
+        instance_groups=_instance_groups(plan, config, gpus),
     )
 
 
@@ -66,9 +68,14 @@ def _preferred(batch_size: int, config: ModelConfig) -> tuple[int, ...] | None:
     return () if config.preferred_batch_sizes else None
 
 
-def _instance_groups(plan: ModelPlan) -> tuple[InstanceGroup, ...]:
-    gpus = tuple(sorted(replica.gpu for replica in plan.replicas)) or (plan.gpu,)
-    return (InstanceGroup("KIND_GPU", 1, gpus),)
+def _instance_groups(plan: ModelPlan, config: ModelConfig, gpus: int) -> tuple[InstanceGroup, ...] | None:
+    """One instance on each GPU of the plan. Without `gpus` Triton makes one on every GPU there is, so only
+    on a host with one GPU it need not be told, unless the config names others."""
+    on = tuple(sorted(replica.gpu for replica in plan.replicas)) or (plan.gpu,)
+    named = {gpu for group in config.instance_groups for gpu in group.gpus}
+    if on[0] < 0 or (gpus <= 1 and not named - set(on)):
+        return None
+    return (InstanceGroup("KIND_GPU", 1, on),)
 
 
 def _number(value: float) -> str:
@@ -82,7 +89,8 @@ def _same(stated: str | None, wanted: str) -> bool:
         return stated == wanted
 
 
-def _share(config: ModelConfig) -> float:
+def stated_share(config: ModelConfig) -> float:
+    """GPU% that a config states; 0 where it states none."""
     try:
         return float(config.parameters.get("gpu_percent", 0))
     except ValueError:
@@ -189,7 +197,7 @@ class Applier:
         edit = ConfigEdit(
             model, text, self._repository.edited(model, change), ready, "load" if load else "nothing"
         )
-        return Rewrite(model, row, edit, parameters, row.gpu_percent - _share(config))
+        return Rewrite(model, row, edit, parameters, row.gpu_percent - stated_share(config))
 
     def _loaded(
         self, model: str, config: ModelConfig, change: ConfigChange, parameters: Mapping[str, str]
