@@ -150,15 +150,17 @@ class Checked:
     """What the requests to one model came to: (sent, ended) of each, time.monotonic() seconds, by sending."""
 
     model: str
+    sent: list[float] = field(default_factory=list)
     answered: list[tuple[float, float]] = field(default_factory=list)
     failed: list[tuple[float, float]] = field(default_factory=list)
     wrong: int = 0
     worst_error: float = 0.0
     first_failure: str = ""
 
-    def answered_since(self, since_s: float) -> int:
-        """Right answers to requests that were sent after a time."""
-        return sum(sent > since_s for sent, _ in self.answered)
+    def well_since(self, since_s: float) -> bool:
+        """Whether requests were sent after a time and nine of ten of them are answered right by now."""
+        sent = sum(at > since_s for at in self.sent)
+        return sent > 0 and sum(at > since_s for at, _ in self.answered) >= 0.9 * sent
 
     def last_failure_sent_s(self) -> float:
         """When the last request that failed was sent; 0: none failed."""
@@ -204,7 +206,8 @@ class CheckedClients:
             inputs = request_inputs(feeds)
             while not self._stop.is_set():
                 if places.acquire(timeout=0.1):
-                    ended = partial(self._ended, seen, wanted, time.monotonic(), places)
+                    seen.sent.append(time.monotonic())
+                    ended = partial(self._ended, seen, wanted, seen.sent[-1], places)
                     client.async_infer(seen.model, inputs, ended, client_timeout=REQUEST_LIMIT_S)
                     if self._pause_s:
                         self._stop.wait(self._pause_s)

@@ -30,7 +30,6 @@ MPS_NAMES = ("nvidia-cuda-mps-control", "nvidia-cuda-mps-server")
 QUIET_BEFORE_S = 2.0
 QUIET_AFTER_S = 2.0  # without a failure, until all counts as well again
 RECOVERY_LIMIT_S = 75.0
-ENOUGH_ANSWERS = 5
 SEND_EVERY_S = 0.02  # a request a model, whatever becomes of those before it
 MOST_UNDER_WAY = 400
 
@@ -44,7 +43,7 @@ def memory(study: Study, server: Server) -> dict[str, int]:
         "host_bytes": sum(each.memory_full_info().uss for each in processes),
         "open_files": sum(each.num_fds() for each in processes),
         "threads": sum(each.num_threads() for each in processes),
-        "shared_memory_bytes": sum(path.stat().st_size for path in Path("/dev/shm").glob("dstack_*")),
+        "shared_memory_bytes": sum(path.stat().st_size for path in Path("/dev/shm").glob(server.shm_pattern)),
     }
 
 
@@ -226,10 +225,13 @@ def wait_well(
         if restarted_s is None and successors(server, victims) - set(killed):
             restarted_s = round(time.monotonic() - killed_s, 3)
         quiet_since_s = time.monotonic() - QUIET_AFTER_S
-        if restarted_s is not None and all(
-            seen.last_failure_sent_s() < quiet_since_s
-            and seen.answered_since(quiet_since_s) >= ENOUGH_ANSWERS
-            for seen in load.clients.values()
+        if (
+            restarted_s is not None
+            and quiet_since_s > killed_s
+            and all(
+                seen.last_failure_sent_s() < quiet_since_s and seen.well_since(quiet_since_s)
+                for seen in load.clients.values()
+            )
         ):
             break
     return restarted_s

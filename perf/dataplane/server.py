@@ -64,6 +64,7 @@ class Server:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=environment
             )
+        self.shm_pattern = f"dstack_{self._process.pid}_*"  # triton_process names its regions by its process
         try:
             self._started()
         except BaseException:
