@@ -1,7 +1,7 @@
 """A CUDA device made of host memory, and ONNX Runtime's CPU provider as what runs on it.
 
 Streams are lazy: what is queued runs only when somebody waits for it, and then only what the wait depends
-on. So a missing event, a buffer reused too early or an answer read too soon gives wrong numbers here, every time.
+on. So a missing event, a buffer reused too early or an answer read too soon gives wrong numbers, every time.
 """
 
 from __future__ import annotations

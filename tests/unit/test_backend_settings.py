@@ -74,6 +74,22 @@ def test_the_bound_goes_into_the_environment_of_mps(
     assert os.environ[MPS_MEMORY] == after
 
 
+@pytest.mark.parametrize(
+    ("text", "levels"),
+    [("off", ()), ("auto", (25, 50, 100)), ("50, 12.5,50", (12.5, 50)), ("100", (100,)), ("", ())],
+)
+def test_levels(text: str, levels: tuple[float, ...]) -> None:
+    assert settings(kind="GPU", levels=text).cuda["levels"] == levels
+
+
+@pytest.mark.parametrize(
+    "text", ["on", "0,50", "50,101", "50;60", ",", "nan", ",".join(map(str, range(1, 18)))]
+)
+def test_bad_levels(text: str) -> None:
+    with pytest.raises(ModelError, match=r"parameter levels is .* by comma are wanted"):
+        settings(kind="GPU", levels=text)
+
+
 def test_a_model_without_batches_runs_one_at_a_time() -> None:
     assert settings({"max_batch_size": 0}).batch_size == 1
 

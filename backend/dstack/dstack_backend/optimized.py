@@ -1,4 +1,5 @@
-"""Models as ONNX Runtime optimised them, kept in a private cache: <key>/model.onnx and <key>/weights.bin.
+"""Models as ONNX Runtime optimised them, kept in a private cache: <key>/model.onnx, its weights.bin, and the
+checksums of both.
 
 The key tells the content of the model, the device, ONNX Runtime's version and the options that matter, so an
 entry never goes stale. Model repositories may be read-only: nothing is written there.
@@ -8,9 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import shutil
 import tempfile
+import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -18,7 +21,7 @@ from dstack_backend.errors import DeviceError
 from dstack_backend.onnx_file import external_files
 
 CACHE_VARIABLE = "DSTACK_CACHE_DIR"
-MODEL, WEIGHTS = "model.onnx", "weights.bin"
+MODEL, WEIGHTS, SUMS = "model.onnx", "weights.bin", "sums.json"
 MAX_BYTES = 32 << 30
 SPARE_BYTES = 1 << 30  # of the disk, left to others
 
@@ -62,18 +65,20 @@ class Cache:
         """
         entry = self._directory / key
         self._check_owner()
-        if (entry / MODEL).is_file():
-            with contextlib.suppress(OSError):
+        if entry.is_dir():
+            if is_whole(entry):
                 os.utime(entry)
-            return entry / MODEL
+                return entry / MODEL
+            shutil.rmtree(entry, ignore_errors=True)
         self._make_room(size_bytes)
         made = Path(tempfile.mkdtemp(prefix=".making-", dir=self._directory))
         try:
             make(made / MODEL)
+            seal(made)
             try:
                 made.rename(entry)
             except OSError:
-                if not (entry / MODEL).is_file():
+                if not is_whole(entry):  # else another process was first
                     raise
         finally:
             shutil.rmtree(made, ignore_errors=True)
@@ -102,3 +107,35 @@ class Cache:
             held -= used
         if shutil.disk_usage(self._directory).free < size_bytes + SPARE_BYTES:
             raise OSError(f"{self._directory}: the disk is nearly full; set {CACHE_VARIABLE} to another one")
+
+
+def seal(entry: Path) -> None:
+    """Bring an entry to the disk, with its checksums: after a crash of the host it is whole or seen not to
+    be.
+    """
+    sums = {file.name: checksum(file) for file in entry.iterdir()}
+    (entry / SUMS).write_text(json.dumps(sums), encoding="utf-8")
+    for path in (*entry.iterdir(), entry):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def is_whole(entry: Path) -> bool:
+    """Whether the files of an entry are those that were sealed."""
+    try:
+        sums = json.loads((entry / SUMS).read_text(encoding="utf-8"))
+        return MODEL in sums and all(checksum(entry / name) == wanted for name, wanted in sums.items())
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def checksum(path: Path) -> int:
+    """CRC-32 of a file."""
+    found = 0
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            found = zlib.crc32(chunk, found)
+    return found

@@ -206,8 +206,8 @@ class _Reader:
             levels = []
         if not levels or not 0 < levels[0] <= levels[-1] <= 100 or len(levels) > MAX_LEVELS:
             raise ModelError(
-                f"model {self.model!r}: parameter levels is {text!r}; off, auto, or at most {MAX_LEVELS} numbers "
-                f"in (0, 100] by comma are wanted"
+                f"model {self.model!r}: parameter levels is {text!r}; off, auto, or at most {MAX_LEVELS} "
+                f"numbers in (0, 100] by comma are wanted"
             )
         return tuple(levels)
 
