@@ -1,268 +1,271 @@
-"""The loop: when it plans again, when it leaves things alone, and that it says why."""
+"""The loop: when it plans again, what it changes and what it leaves alone, and that it says why."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from dstack_sched.adapters import decision_log
 from dstack_sched.adapters.decision_log import FileDecisionLog
-from dstack_sched.app.control_loop import ControlLoop
-from dstack_sched.app.rates import RateMeter, arrivals
-from dstack_sched.app.replan import ReplanSettings, Watch, demand_now, look, outside, worth_applying
-from dstack_sched.domain.change import ApplyReport, ModelOutcome
-from dstack_sched.domain.plan import ModelPlan, Plan
-from dstack_sched.domain.profile import Device, ProfileSet
 from dstack_sched.domain.workload import ModelDemand, Workload
-from dstack_sched.errors import InfeasibleError, ServerError, SolverError
-from fakes.serving import FakeClock
-
-SETTINGS = ReplanSettings(window_s=10, hold_s=5, cooldown_s=30)
-STATED = Workload((ModelDemand("a", 50.0, 20.0), ModelDemand("b", 80.0, 5.0)))
-
-
-def row(percent: float, batch: int = 4) -> ModelPlan:
-    return ModelPlan(0, percent, batch, 500, 10.0, 100.0, 1.0, 40.0, 0.5, slo_ms=50.0)
-
-
-def plan(**models: ModelPlan) -> Plan:
-    return Plan(100.0, ("cpu",), dict(models), True, (), 1.5)
-
-
-# -- rates ------------------------------------------------------------------------------------------------
-
-
-@given(st.lists(st.integers(0, 50), min_size=8, max_size=40), st.data())
-def test_a_reset_loses_at_most_what_came_between_two_readings(steps: list[int], data: st.DataObject) -> None:
-    """Guards against a negative rate, or one spoiled for ever, after a reload sets the counters to 0."""
-    reset_at = data.draw(st.integers(1, len(steps) - 1))
-    meter, count, clock = RateMeter(100.0), 0, 0
-    meter.add(0, 0)
-    for number, step in enumerate(steps):
-        clock += 10_000_000
-        count = step if number == reset_at else count + step
-        meter.add(count, clock)
-    seconds = min(clock / 1e6, 100.0)
-    true = sum(steps[-int(seconds / 10) :]) / seconds
-    rate = meter.rate_per_s()
-    assert rate is not None
-    assert 0 <= rate <= true + 1e-9
-    assert rate >= true - 50 / seconds
-
-
-def test_a_rate_is_not_given_before_half_the_window() -> None:
-    meter = RateMeter(10.0)
-    for second in range(5):
-        meter.add(second * 7, second * 1_000_000)
-        assert meter.rate_per_s() is None
-    meter.add(35, 5_000_000)
-    assert meter.rate_per_s() == pytest.approx(7.0)
-
-
-def test_arrivals_count_rows_and_failures_of_every_version() -> None:
-    def entry(name: str, rows: int, failed: int) -> dict[str, Any]:
-        return {"name": name, "inference_count": rows, "inference_stats": {"fail": {"count": failed}}}
-
-    statistics = {"model_stats": [entry("a", 5, 1), entry("a", 10, 0), entry("other", 99, 9)]}
-    assert arrivals(statistics, "a") == 16
-
-
-# -- when to plan again -----------------------------------------------------------------------------------
-
-
-def test_noise_is_not_a_reason() -> None:
-    """Guards against planning on chance: 5/s over 10 s is 50 +- 7 arrivals."""
-    assert not outside(5.0, 7.5, SETTINGS)
-    assert outside(5.0, 12.0, SETTINGS)
-    assert not outside(5.0, 2.0, SETTINGS)
-    assert outside(50.0, 10.0, SETTINGS)
-
-
-def test_a_burst_shorter_than_the_hold_is_sat_out_and_a_longer_one_is_not() -> None:
-    watch, planned = Watch(planned_at_us=-60_000_000), {"a": 20.0}
-    for second, rate in enumerate([60.0, 60.0, 60.0, 20.0, 60.0, 60.0, 60.0, 60.0, 60.0]):
-        watch, reason = look(watch, planned, {"a": rate}, second * 1_000_000, SETTINGS)
-        assert reason is None, f"second {second}"
-    watch, reason = look(watch, planned, {"a": 60.0}, 9_000_000, SETTINGS)
-    assert reason == "a: 60/s measured, 20/s planned for"
-
-
-def test_nothing_is_planned_within_the_cooldown() -> None:
-    watch = Watch(planned_at_us=0)
-    for second in range(30):
-        watch, reason = look(watch, {"a": 20.0}, {"a": 90.0}, second * 1_000_000, SETTINGS)
-        assert reason is None
-    assert look(watch, {"a": 20.0}, {"a": 90.0}, 30_000_000, SETTINGS)[1]
-
-
-def test_demand_follows_the_measurement_with_margin_and_floor() -> None:
-    now = demand_now(STATED, {"a": 40.0}, SETTINGS)
-    assert [m.rate_per_s for m in now.models] == pytest.approx([46.0, 5.0])
-    idle = demand_now(STATED, {"a": 0.0, "b": 0.0}, SETTINGS)
-    assert [m.rate_per_s for m in idle.models] == pytest.approx([2.0, 0.5])
-
-
-@pytest.mark.parametrize(
-    ("stated", "new", "why"),
-    [
-        (plan(), plan(a=row(40)), "a: no plan yet"),
-        (plan(a=row(40)), plan(a=row(44)), None),
-        (plan(a=row(40)), plan(a=row(45)), "a: GPU% 40 -> 45"),
-        (plan(a=row(40)), plan(a=row(40, 8)), "a: batch 4 -> 8"),
-        (plan(a=row(40)), plan(a=replace(row(40), slo_ms=20.0)), "a: SLO 50.0 -> 20.0 ms"),
-        (plan(a=row(40), b=row(10)), plan(a=row(40)), None),
-    ],
-)
-def test_a_plan_must_be_worth_its_reloads(stated: Plan, new: Plan, why: str | None) -> None:
-    assert worth_applying(stated, new, SETTINGS) == why
-
-
-# -- the loop ---------------------------------------------------------------------------------------------
-
-
-class Counters:
-    """A server whose counters follow rates that a test sets; only statistics are asked of it."""
-
-    def __init__(self, clock: FakeClock) -> None:
-        self.clock = clock
-        self.rates = {"a": 20.0, "b": 5.0}
-        self.counts = {"a": 0.0, "b": 0.0}
-        self.down = False
-        self.unloaded = ""
-        self._last_s = 0.0
-
-    def statistics(self, model: str) -> dict[str, Any]:
-        if self.down or model == self.unloaded:
-            raise ServerError("Triton is away")
-        passed_s, self._last_s = self.clock.now - self._last_s, self.clock.now
-        for name, rate in self.rates.items():
-            self.counts[name] += rate * passed_s
-        return {"model_stats": [{"name": model, "inference_count": int(self.counts[model])}]}
-
-
-class FakeSteps:
-    """Plans GPU% in proportion to the rates, remembers what it was asked, states what it applied last."""
-
-    def __init__(self) -> None:
-        self.in_force: dict[str, ModelPlan] = {}
-        self.profiled: list[list[str]] = []
-        self.planned: list[Workload] = []
-        self.applied: list[Plan] = []
-        self.fail: Exception | None = None
-
-    def profile(self, models: Iterable[str]) -> ProfileSet:
-        self.profiled.append(list(models))
-        return ProfileSet(Device("cpu", 2, 1, "cpu", "onnxruntime"), {})
-
-    def plan(self, profiles: ProfileSet, workload: Workload) -> Plan:
-        self.planned.append(workload)
-        if self.fail:
-            raise self.fail
-        total = sum(model.rate_per_s for model in workload.models)
-        rows = {m.name: row(round(100 * m.rate_per_s / total)) for m in workload.models}
-        return Plan(100.0, ("cpu",), rows, total < 200, ("a: too much",), 200 / total)
-
-    def apply(self, plan: Plan, profiles: ProfileSet, workload: Workload) -> ApplyReport:
-        changed = [m for m, r in plan.models.items() if self.in_force.get(m) != r]
-        self.in_force.update(plan.models)
-        self.applied.append(plan)
-        return ApplyReport(tuple(ModelOutcome(m, "reloaded", 1, 1) for m in changed))
-
-    def stated(self, plan: Plan) -> Plan:
-        return replace(plan, models={m: r for m, r in self.in_force.items() if m in plan.models})
-
-
-class Bench:
-    def __init__(self, tmp_path: Path, **options: Any) -> None:
-        self.clock, self.steps = FakeClock(), FakeSteps()
-        self.server = Counters(self.clock)
-        self.log = FileDecisionLog(tmp_path)
-        self.loop = ControlLoop(
-            self.steps, self.server, self.clock, self.log, STATED, settings=SETTINGS, **options
-        )  # fmt: skip
-
-    def watch(self, first: Any, seconds: float) -> Any:
-        end_s = self.clock.now + seconds
-        return self.loop.watch(first, 1.0, lambda: self.clock.now < end_s)
-
-    def decisions(self) -> list[str]:
-        return [entry["what"] for entry in self.log.last(100)]
+from dstack_sched.engine.run_times import Seen
+from dstack_sched.errors import InfeasibleError, SolverError
+from fakes.controller import SETTINGS, STATED, LoopBench
 
 
 @pytest.fixture
-def bench(tmp_path: Path) -> Bench:
-    return Bench(tmp_path)
+def bench(tmp_path: Path) -> LoopBench:
+    return LoopBench(tmp_path)
 
 
-def test_steady_rates_change_nothing(bench: Bench) -> None:
+def test_steady_rates_change_nothing(bench: LoopBench) -> None:
     first = bench.loop.once()
-    assert bench.watch(first, 300) is first
-    assert bench.decisions() == ["applied"]
+    loads = list(bench.steps.loads)
+    bench.watch(first, 300)
+    assert bench.steps.loads == loads
+    assert bench.decisions().count("applied") == 1
     assert bench.steps.profiled == [["a", "b"]]
+    assert bench.steps.health_checks == 300
 
 
-def test_a_shift_is_planned_once_and_explained(bench: Bench) -> None:
+def test_a_shift_is_planned_and_explained(bench: LoopBench) -> None:
     first = bench.loop.once()
     bench.watch(first, 60)
-    bench.server.rates["b"] = 60.0
+    bench.server.rates["b"] = 120.0
+    bench.watch(first, 60)
+    (reason,) = [reason for reason in bench.reasons() if "would miss without it" in reason]
+    assert "b: " in reason and "/s forecast" in reason and "GPU% 20 -> " in reason
+    assert bench.steps.in_force["b"].gpu_percent >= 70
+
+
+def test_a_batch_size_is_a_message_not_a_load(bench: LoopBench) -> None:
+    """Guards against reloads for what the arbiter can tell: the least disruptive way first."""
+    first = bench.loop.once()
+    bench.watch(first, 60)
+    bench.steps.loads.clear()
+    bench.server.rates.update(a=40.0, b=10.0)  # twice as much of both: shares stay, a's batch grows
+    bench.watch(first, 60)
+    assert bench.steps.loads == []
+    assert bench.steps.told[-1].models["a"].batch_size == 8
+    assert bench.steps.in_force["a"].batch_size == 8
+    assert any("batch 4 -> 8 (message)" in reason for reason in bench.reasons())
+
+
+def test_without_an_arbiter_only_what_pays_is_loaded(bench: LoopBench) -> None:
+    first = bench.loop.once()
+    bench.steps.arbiter = False
+    bench.watch(first, 60)
+    bench.steps.loads.clear()
+    bench.server.rates["b"] = 150.0
+    bench.watch(first, 60)
+    assert "b" in bench.steps.loads, "b would miss most of its rows"
+
+
+def test_levels_are_told_too(bench: LoopBench) -> None:
+    bench.steps.levels = ("a", "b")
+    first = bench.loop.once()
+    bench.watch(first, 30)
+    bench.steps.loads.clear()
+    bench.server.rates["b"] = 150.0
+    bench.watch(first, 60)
+    assert bench.steps.loads == []
+    assert any("(level)" in reason for reason in bench.reasons())
+
+
+def test_a_load_that_gains_too_little_is_not_done(bench: LoopBench) -> None:
+    """Guards against reloads for a percent: shares 80:20 serve 70:30 as well as long as both fit."""
+    first = bench.loop.once()
+    bench.watch(first, 60)
+    bench.steps.loads.clear()
+    bench.server.rates["b"] = 8.0
     bench.watch(first, 120)
-    reasons = [entry["reason"] for entry in bench.log.last(10)]
-    assert any("b:" in reason and "5/s planned for" in reason for reason in reasons)
-    assert bench.steps.in_force["b"].gpu_percent > 60
-    assert bench.decisions().count("applied") == 2
+    assert bench.steps.loads == []
 
 
-def test_a_second_start_finds_its_plan_in_force_and_reloads_nothing(bench: Bench, tmp_path: Path) -> None:
+def test_loads_keep_their_distance(bench: LoopBench) -> None:
+    """Guards against thrashing when rates swing faster than reloads pay."""
+    first = bench.loop.once()
+    at_s: list[float] = []
+    for turn in range(20):
+        bench.server.rates.update(a=150.0 if turn % 2 else 5.0, b=5.0 if turn % 2 else 150.0)
+        before = len(bench.steps.loads)
+        first = bench.watch(first, 4)
+        if len(bench.steps.loads) > before:
+            at_s.append(bench.clock.now)
+    assert all(later - earlier >= SETTINGS.cooldown_s - 4 for earlier, later in pairwise(at_s))
+
+
+def test_what_the_cooldown_held_back_comes_after_it(tmp_path: Path) -> None:
+    bench = LoopBench(tmp_path, settings=replace(SETTINGS, cooldown_s=60.0))
+    first = bench.loop.once()
+    bench.server.rates["b"] = 150.0
+    current = bench.watch(first, 40)
+    assert bench.steps.in_force["b"].gpu_percent == 20
+    bench.watch(current, 40)
+    assert bench.steps.in_force["b"].gpu_percent > 20
+    assert any("what was held back may be tried" in reason for reason in bench.reasons())
+
+
+def test_a_second_start_finds_its_plan_in_force_and_reloads_nothing(bench: LoopBench) -> None:
     bench.loop.once()
-    report = bench.loop.once().report
+    report = bench.new_loop().once().report
     assert report is not None
     assert report.loads == 0
     assert bench.decisions() == ["applied", "kept"]
 
 
 def test_dry_run_only_advises(tmp_path: Path) -> None:
-    bench = Bench(tmp_path, dry_run=True)
-    assert bench.loop.once().report is None
-    assert bench.steps.applied == []
-    assert bench.decisions() == ["advised"]
-
-
-def test_an_infeasible_start_is_an_error_and_a_later_one_keeps_the_plan(bench: Bench) -> None:
+    bench = LoopBench(tmp_path, dry_run=True)
     first = bench.loop.once()
-    bench.server.rates["a"] = 900.0
-    current = bench.watch(first, 120)
-    assert current is first
-    assert len(bench.steps.applied) == 1
-    assert "no new plan: a: too much" in bench.log.last(1)[0]["reason"]
-    stated = Workload((ModelDemand("a", 50.0, 900.0),))
-    loop = ControlLoop(bench.steps, bench.server, bench.clock, bench.log, stated)
-    with pytest.raises(InfeasibleError):
-        loop.once()
+    assert first.report is None
+    bench.watch(first, 30)
+    bench.server.rates["b"] = 150.0
+    bench.sources.seen["a"] = [Seen(50.0, 4, 1000, 40_000.0, 41_000.0)]
+    bench.watch(first, 60)
+    steps = bench.steps
+    assert (steps.applied, steps.told, steps.kept, steps.health_checks) == ([], [], {}, 0)
+    assert set(bench.decisions()) == {"advised"}
+    assert len(bench.decisions()) > 1
 
 
-def test_failures_of_the_server_or_the_solver_do_not_end_the_watch(bench: Bench) -> None:
+# -- what does not fit --------------------------------------------------------------------------------------
+
+
+def test_what_does_not_fit_is_planned_as_far_as_it_goes_and_said(bench: LoopBench) -> None:
+    """Guards against a stale plan: under overload the operator wants the best that can be had."""
+    first = bench.loop.once()
+    bench.server.rates.update(a=30.0, b=500.0)
+    current = bench.watch(first, 60)
+    assert not current.plan.feasible
+    assert bench.steps.in_force["b"].gpu_percent == 90
+    assert "of the rates this much fits" in current.shortfall
+    assert any("of the rates this much fits: a " in reason for reason in bench.reasons())
+    bench.server.rates.update(a=20.0, b=5.0)
+    assert bench.watch(current, 120).shortfall == ""
+
+
+def test_a_start_that_does_not_fit_is_served_as_far_as_it_goes(bench: LoopBench) -> None:
+    bench.steps.workload = Workload((ModelDemand("a", 50.0, 900.0), ModelDemand("b", 80.0, 5.0)))
+    first = bench.new_loop().once()
+    assert first.shortfall
+    assert bench.steps.in_force["a"].gpu_percent > 80
+
+
+def test_nothing_at_all_that_fits_is_an_error_at_the_start(
+    bench: LoopBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = bench.steps.plan
+
+    def without_models(*args: object, **options: object) -> object:
+        return replace(whole(*args, **options), models={}, feasible=False, binding=("a: GPU memory",))  # type: ignore[arg-type]
+
+    monkeypatch.setattr(bench.steps, "plan", without_models)
+    with pytest.raises(InfeasibleError, match="a: GPU memory"):
+        bench.loop.once()
+    assert bench.steps.applied == []
+
+
+# -- what fails -------------------------------------------------------------------------------------------
+
+
+def test_failures_of_the_server_or_the_solver_do_not_end_the_watch(bench: LoopBench) -> None:
     first = bench.loop.once()
     bench.server.down = True
     bench.watch(first, 20)
     bench.server.down = False
-    bench.server.rates["a"] = 80.0
+    bench.server.rates["b"] = 150.0
     bench.steps.fail = SolverError("numerical failure")
-    assert bench.watch(first, 120) is first
+    bench.watch(first, 60)
+    assert bench.steps.in_force["b"].gpu_percent == 20
+    assert any("no new plan: numerical failure" in reason for reason in bench.reasons())
     bench.steps.fail = None
-    assert bench.watch(first, 120) is not first
+    bench.watch(first, 60)
+    assert bench.steps.in_force["b"].gpu_percent > 20
 
 
-def test_a_model_that_is_not_loaded_does_not_blind_the_others(bench: Bench) -> None:
+def test_a_model_that_is_not_loaded_does_not_blind_the_others(bench: LoopBench) -> None:
     first = bench.loop.once()
-    bench.server.unloaded = "b"
-    bench.server.rates["a"] = 80.0
-    assert bench.watch(first, 120) is not first
+    bench.watch(first, 20)
+    bench.server.unloaded = "a"
+    bench.server.rates["b"] = 150.0
+    bench.watch(first, 60)
+    assert bench.steps.in_force["b"].gpu_percent > 20
+
+
+def test_a_refused_plan_is_taken_back_at_the_arbiter_and_not_tried_every_second(bench: LoopBench) -> None:
+    """Guards against an arbiter that schedules by a plan whose configs were rolled back."""
+    first = bench.loop.once()
+    bench.watch(first, 20)
+    bench.steps.refuse = "b"
+    bench.server.rates["b"] = 150.0
+    told = len(bench.steps.told)
+    bench.watch(first, 20)
+    assert bench.steps.told[-1].models == first.plan.models
+    assert len(bench.steps.told) - told == 2, "told, taken back, and then held back"
+    assert any("held back for" in reason for reason in bench.reasons())
+    bench.steps.refuse = ""
+    bench.watch(first, 60)
+    assert bench.steps.in_force["b"].gpu_percent > 20
+
+
+# -- other reasons than rates -----------------------------------------------------------------------------
+
+
+def test_latencies_that_drift_are_planned_with_and_survive_a_restart(bench: LoopBench) -> None:
+    first = bench.loop.once()
+    bench.watch(first, 30)
+    before = bench.steps.in_force["a"].gpu_percent
+    bench.sources.seen["a"] = [Seen(50.0, 4, 1000, 32_000.0, 35_000.0)]  # twice the profiled 16 ms
+    bench.server.rates["b"] = 30.0
+    current = bench.watch(first, 30)
+    assert bench.steps.kept["a"].scale == pytest.approx(2.0)
+    assert current.profiles.models["a"].points[0].latency_ms_p50 == pytest.approx(8.0)
+    assert any("runs take 2.00 of the predicted time" in reason for reason in bench.reasons())
+    assert bench.steps.told[-1] is not bench.steps.told[0]
+    again = bench.new_loop().once()
+    assert again.profiles.models["a"].points[0].latency_ms_p50 == pytest.approx(8.0)
+    assert before
+
+
+def test_a_changed_workload_file_is_followed_and_new_models_are_profiled(bench: LoopBench) -> None:
+    first = bench.loop.once()
+    bench.watch(first, 10)
+    bench.steps.workload = Workload((replace(STATED.models[0], slo_ms=70.0), STATED.models[1]))
+    current = bench.watch(first, 5)
+    assert bench.steps.in_force["a"].slo_ms == 70.0
+    assert len(bench.steps.profiled) == 1
+    bench.server.rates["c"] = 1.0
+    bench.server.counts["c"] = 0.0
+    bench.steps.workload = Workload((*STATED.models, ModelDemand("c", 90.0, 1.0)))
+    bench.watch(current, 5)
+    assert bench.steps.profiled[-1] == ["a", "b", "c"]
+    assert "c" in bench.steps.in_force
+
+
+def test_urgent_news_do_not_wait_for_the_cooldown(tmp_path: Path) -> None:
+    bench = LoopBench(tmp_path, settings=replace(SETTINGS, cooldown_s=1e6))
+    first = bench.loop.once()
+    bench.watch(first, 10)
+    bench.server.rates["b"] = 150.0
+    current = bench.watch(first, 10)
+    assert bench.steps.in_force["b"].gpu_percent == 20
+    bench.steps.news = ["GPU 1 is out: Xid 79"]
+    bench.watch(current, 3)
+    assert bench.steps.in_force["b"].gpu_percent > 20
+    assert any(reason.startswith("GPU 1 is out: Xid 79") for reason in bench.reasons())
+
+
+def test_a_backlog_counts_as_arrivals(bench: LoopBench) -> None:
+    """Guards against taking what an overloaded server manages for what is asked of it."""
+    first = bench.loop.once()
+    bench.watch(first, 20)
+    for second in range(40):
+        bench.sources.backlog["b"] = 130 * second
+        first = bench.watch(first, 1)
+    assert bench.steps.in_force["b"].gpu_percent > 60
 
 
 def test_the_decision_log_is_bounded_and_survives_a_torn_line(

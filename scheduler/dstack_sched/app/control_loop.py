@@ -1,8 +1,8 @@
-"""The controller's loop: profile what is new, plan, put in force; then watch the rates and plan again.
+"""The controller's loop: profile what is new, plan, put in force; then watch, and plan again when it pays.
 
-The steps come in as functions, so that the loop only decides when and why. Everything it decides goes to the
-decision log with its reason. It keeps nothing that a new controller could not find again in the repository,
-the profile store and the arbiter.
+The steps come in as a Protocol, so that the loop only decides when, what and why. Everything it decides
+goes to the decision log with its reason. What must outlive it is stored by the steps (profiles,
+corrections) or stated by the configs; a new controller finds the rest out again.
 """
 
 from __future__ import annotations
@@ -11,38 +11,95 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from dstack_sched.app.rates import RateMeter, arrivals
-from dstack_sched.app.replan import ReplanSettings, Watch, demand_now, look, worth_applying
+from dstack_sched.app.changes import Change, Reach, changes, counts, loaded
+from dstack_sched.app.overload import BestPlan, best_plan
+from dstack_sched.app.refusals import Refusals
+from dstack_sched.app.replan import Choice, ReplanSettings, choose, moved, rates_to_plan, with_reserve
+from dstack_sched.app.telemetry import ControllerTelemetry, ModelLook
+from dstack_sched.app.watcher import Look, Watcher
 from dstack_sched.domain.change import ApplyReport
 from dstack_sched.domain.plan import Plan
-from dstack_sched.domain.profile import ProfileSet
+from dstack_sched.domain.profile import Correction, ProfileSet
 from dstack_sched.domain.workload import Workload
-from dstack_sched.errors import DstackError, InfeasibleError, ServerError
-from dstack_sched.ports import Clock, DecisionLog, ModelServer
+from dstack_sched.errors import DstackError, InfeasibleError, PlanRefusedError
+from dstack_sched.ports import Clock, DecisionLog
+
+SAME_AGAIN_S = 60.0  # a decision that changes nothing is logged once in so long
+RETRY_S = 10.0  # a plan that was refused lately is thought over again after so long
+START = "start"
 
 
 class Steps(Protocol):
     """What the loop has done for it. Errors: any DstackError; what it was about then stays as it was."""
 
+    def wanted(self) -> Workload:
+        """What the operator wants now: the workload file, read again when it has changed."""
+        ...
+
     def profile(self, models: Iterable[str]) -> ProfileSet:
         """Profiles of these models on this device; measured where they are not stored yet."""
         ...
 
-    def plan(self, profiles: ProfileSet, workload: Workload) -> Plan: ...
-    def apply(self, plan: Plan, profiles: ProfileSet, workload: Workload) -> ApplyReport: ...
+    def plan(
+        self, profiles: ProfileSet, workload: Workload, held: Mapping[str, float], *, lenient: bool
+    ) -> Plan:
+        """held: model -> GPU% that it keeps. lenient: an SLO below the fastest run is no error."""
+        ...
+
+    def reach(self) -> Reach:
+        """What running instances can be told now."""
+        ...
+
     def stated(self, plan: Plan) -> Plan:
         """The plan with what the configs state now in place of its own; models without that are left out."""
         ...
 
+    def stated_shares(self, models: Iterable[str]) -> Mapping[str, float]:
+        """Model -> the GPU% that its config states; those whose config does not are left out."""
+        ...
 
-@dataclass(frozen=True, slots=True)
+    def tell(self, plan: Plan, profiles: ProfileSet, workload: Workload) -> bool:
+        """Tell the arbiter; False where none answers or it refuses. Never fails."""
+        ...
+
+    def apply(self, plan: Plan, reach: Reach) -> ApplyReport:
+        """The configs, and the loads that they need beyond what was told."""
+        ...
+
+    def urgent(self) -> str | None:
+        """Why a new plan cannot wait: a GPU went or came back."""
+        ...
+
+    def corrections(self, profiles: ProfileSet) -> Mapping[str, Correction]:
+        """Those kept from before, by model."""
+        ...
+
+    def keep_corrections(self, profiles: ProfileSet, corrections: Mapping[str, Correction]) -> None: ...
+    def check_health(self) -> None:
+        """Find faults and mend them. Never fails."""
+        ...
+
+
+@dataclass(frozen=True)
 class Round:
-    """One pass: what was planned and, unless it only advised, what came of it."""
+    """One pass: what was planned and what came of it. workload: the rates planned for, without the reserve.
+    shortfall: what does not fit, "" where all does. report: None where it was only advised or kept."""
 
     profiles: ProfileSet
     workload: Workload
     plan: Plan
     report: ApplyReport | None
+    shortfall: str = ""
+
+
+@dataclass(frozen=True)
+class _Decided:
+    """A plan chosen and not yet put in force."""
+
+    best: BestPlan
+    choice: Choice
+    found: tuple[Change, ...]
+    reach: Reach
 
 
 class ControlLoop:
@@ -51,106 +108,269 @@ class ControlLoop:
     def __init__(
         self,
         steps: Steps,
-        server: ModelServer,
+        watcher: Watcher,
         clock: Clock,
         log: DecisionLog,
-        stated: Workload,
+        telemetry: ControllerTelemetry,
         *,
         settings: ReplanSettings | None = None,
         dry_run: bool = False,
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
         self._steps = steps
-        self._server = server
+        self._watcher = watcher
         self._clock = clock
         self._log = log
-        self._stated = stated
+        self._telemetry = telemetry
         self._settings = settings or ReplanSettings()
         self._dry_run = dry_run
         self._say = say
-        self._meters = {model.name: RateMeter(self._settings.window_s) for model in stated.models}
+        self._refusals = Refusals()
+        self._took_s: dict[str, float] = {}
+        self._loaded_at_us: int | None = None
+        self._retry_at_us: int | None = None  # when a plan that was held back may be tried again
+        self._wanted = steps.wanted()
+        self._measured: ProfileSet | None = None  # the profiles without corrections
+        self._silent: tuple[str, int] = ("", 0)  # the last decision that changed nothing, and when
 
-    def once(self, reason: str = "start") -> Round:
-        """Profile what is new, plan for the stated rates, put in force."""
-        profiles = self._steps.profile(model.name for model in self._stated.models)
-        return self._round(profiles, self._stated, reason)
+    # -- the start ----------------------------------------------------------------------------------------
+
+    def once(self, reason: str = START) -> Round:
+        """Profile what is new, plan for the stated rates, put in force.
+
+        Errors: InfeasibleError where no part of the workload can be planned.
+        """
+        self._profile()
+        return self._round(self._wanted, START, reason, None)
+
+    def _profile(self) -> None:
+        names = [model.name for model in self._wanted.models]
+        self._measured = self._steps.profile(names)
+        self._watcher.follow(names)
+        self._watcher.profiled(self._measured, self._steps.corrections(self._measured))
+
+    # -- the watch ----------------------------------------------------------------------------------------
 
     def watch(self, first: Round, interval_s: float, keep_on: Callable[[], bool]) -> Round:
-        """Look at the rates every `interval_s` and plan again when they have left what was planned for.
+        """Look at everything every `interval_s` and plan again where there is reason to.
 
-        A look or a new plan that fails is logged and tried again: the last plan stays in force.
+        A look or a plan that fails is logged and tried again: what is in force stays.
         """
-        current, watch = first, Watch(self._clock.now_us())
+        current = first
         while keep_on():
             self._clock.sleep_s(interval_s)
+            if not self._dry_run:
+                self._steps.check_health()
             try:
-                measured = self.measure()
+                look = self._watcher.look()
             except DstackError as error:
+                self._telemetry.part("server", up=False)
                 self._say(f"rates cannot be read: {error}")
                 continue
-            now_us = self._clock.now_us()
-            planned = {model.name: model.rate_per_s for model in current.workload.models}
-            watch, reason = look(watch, planned, measured, now_us, self._settings)
-            if reason is None:
-                continue
-            workload = demand_now(self._stated, measured, self._settings)
-            watch = Watch(now_us)
-            try:
-                current = self._round(current.profiles, workload, reason)
-            except DstackError as error:
-                self._decide("kept", f"{reason}; no new plan: {error}", measured=measured)
+            self._telemetry.part("server", up=True)
+            current = self._follow(current, look)
+            self._show(current, look)
         return current
 
-    def measure(self) -> dict[str, float]:
-        """Read every model's counters; the rates that are known by now, per second.
+    def _follow(self, current: Round, look: Look) -> Round:
+        """Plan again where this look, the operator or the machine gives reason to."""
+        try:
+            cause, reason = self._reason(current, look)
+            if not reason:
+                return current
+            workload = rates_to_plan(self._wanted, look.forecasts(), self._settings)
+            return self._round(workload, cause, reason, current)
+        except DstackError as error:
+            self._decide("failed", "error", f"no new plan: {error}")
+            return current
 
-        A model that cannot be read (not loaded just now) is left out. Errors: ServerError when none can be.
-        """
-        rates = {}
-        failure: DstackError | None = None
-        for model, meter in self._meters.items():
-            try:
-                meter.add(arrivals(self._server.statistics(model), model), self._clock.now_us())
-            except ServerError as error:
-                failure = error
-                continue
-            rate = meter.rate_per_s()
-            if rate is not None:
-                rates[model] = rate
-        if failure is not None and not rates:
-            raise failure
-        return rates
+    def _reason(self, current: Round, look: Look) -> tuple[str, str | None]:
+        """Why to plan again, and in one word for the metrics. Takes over what has changed."""
+        if reason := self._new_wishes():
+            return "workload", reason
+        if reason := self._steps.urgent():
+            return "fault", reason
+        if look.refits:
+            assert self._measured is not None
+            if not self._dry_run:
+                self._steps.keep_corrections(self._measured, self._watcher.corrections())
+            return "drift", "; ".join(f"{model}: {why}" for model, (_, why) in look.refits.items())
+        planned = {model.name: model.rate_per_s for model in current.workload.models}
+        if reason := moved(planned, look.forecasts(), self._settings):
+            return "rate", reason
+        if self._retry_at_us is not None and self._clock.now_us() >= self._retry_at_us:
+            return "rate", "what was held back may be tried"
+        return "", None
 
-    def _round(self, profiles: ProfileSet, workload: Workload, reason: str) -> Round:
-        plan = self._steps.plan(profiles, workload)
-        if not plan.feasible:
+    def _new_wishes(self) -> str | None:
+        """Read the workload again; why that calls for a plan."""
+        wanted = self._steps.wanted()
+        if wanted == self._wanted:
+            return None
+        before, self._wanted = self._wanted, wanted
+        if {model.name for model in wanted.models} - {model.name for model in before.models}:
+            self._profile()
+        else:
+            self._watcher.follow(model.name for model in wanted.models)
+        return "the workload file has changed"
+
+    def _may_load(self) -> bool:
+        since = self._loaded_at_us
+        return since is None or self._clock.now_us() - since >= self._settings.cooldown_s * 1e6
+
+    # -- one round ----------------------------------------------------------------------------------------
+
+    def _round(self, workload: Workload, cause: str, reason: str, current: Round | None) -> Round:
+        assert self._measured is not None
+        profiles = self._watcher.corrected(self._measured)
+        began_us = self._clock.now_us()
+        decided = self._choose(profiles, workload, cause)
+        self._telemetry.planned(decided.best.plan, (self._clock.now_us() - began_us) / 1e6)
+        plan, short = decided.best.plan, _short(decided.best)
+        if not plan.models:
             raise InfeasibleError(plan.binding[0] if plan.binding else "no plan meets every SLO")
-        stated = self._steps.stated(plan)
-        why = worth_applying(stated, plan, self._settings)
-        summary: dict[str, Any] = {
+        summary = self._summary(workload, decided)
+        why = f"{reason}; {short}{_what(decided)}"
+        if self._dry_run:
+            self._decide("advised", cause, why, same=_shares(decided), **summary)
+            return Round(profiles, workload, plan, None, short)
+        held_back = self._refusals.holds_back(plan, self._steps.stated(plan), self._clock.now_us())
+        if held_back is not None and current is not None:
+            self._retry_at_us = self._clock.now_us() + int(RETRY_S * 1e6)
+            self._decide("kept", cause, f"{reason}; {held_back}", same="held back", **summary)
+            return Round(profiles, workload, current.plan, None, current.shortfall)
+        if not decided.found and cause == "rate":
+            self._decide("kept", cause, why, same="", **summary)
+            return Round(profiles, workload, plan, None, short)
+        report = self._put_in_force(decided, profiles, workload, current)
+        what = "applied" if decided.found or report.loads else "kept"
+        self._decide(what, cause, why, loads=report.loads, **summary)
+        return Round(profiles, workload, plan, report, short)
+
+    def _choose(self, profiles: ProfileSet, workload: Workload, cause: str) -> _Decided:
+        """The plan worth having, and the best that can be had where not all fits."""
+        steps, lenient = self._steps, cause != START
+        reach = steps.reach()
+        asked = with_reserve(workload, self._settings)
+        rows_per_s = sum(model.weight * model.rate_per_s for model in workload.models)
+        may_load = cause != "rate" or self._may_load()
+
+        def make(held: Mapping[str, float]) -> Plan:
+            return steps.plan(profiles, asked, held, lenient=lenient)
+
+        def as_it_is(held: Mapping[str, float]) -> Plan:
+            return steps.plan(
+                profiles, asked, {**self._shares_in_force(workload, reach), **held}, lenient=lenient
+            )
+
+        choice = choose(make, steps.stated, reach, rows_per_s, self._took_s, self._settings)
+        self._retry_at_us = None
+        if not may_load and loaded(choice.found):
+            self._retry_at_us = (self._loaded_at_us or 0) + int(self._settings.cooldown_s * 1e6)
+            live = choose(as_it_is, steps.stated, reach, rows_per_s, self._took_s, self._settings)
+            choice = live if live.plan.models else choice
+        if choice.plan.feasible:
+            return _Decided(BestPlan(choice.plan, {}, {}), choice, choice.found, reach)
+        held = {model: row.gpu_percent for model, row in choice.plan.models.items()}
+        best = best_plan(lambda part: steps.plan(profiles, part, held, lenient=lenient), asked)
+        return _Decided(best, choice, changes(steps.stated(best.plan), best.plan, reach), reach)
+
+    def _shares_in_force(self, workload: Workload, reach: Reach) -> dict[str, float]:
+        """What the configs state of those models whose share is fixed for the life of their process."""
+        named = self._steps.stated_shares(model.name for model in workload.models)
+        return {model: share for model, share in named.items() if model not in reach.levels}
+
+    def _put_in_force(
+        self, decided: _Decided, profiles: ProfileSet, workload: Workload, current: Round | None
+    ) -> ApplyReport:
+        """The arbiter first, then files, then loads one at a time. Errors: DstackError, with all as
+        before."""
+        plan, now_us = decided.best.plan, self._clock.now_us
+        told = self._steps.tell(plan, profiles, workload)
+        reach = decided.reach if told else Reach(arbiter=False)
+        self._telemetry.part("arbiter", up=told)
+        began_us = now_us()
+        try:
+            report = self._steps.apply(plan, reach)
+        except DstackError as error:
+            if current is not None:
+                self._steps.tell(current.plan, current.profiles, current.workload)
+            if isinstance(error, PlanRefusedError):
+                self._refusals.refused(error, now_us())
+                self._telemetry.load_failed(error.model, rolled_back=True)
+            raise
+        self._refusals.applied(plan)
+        self._took_s.update({each.model: each.load_s for each in report.outcomes if each.load_s > 0})
+        if report.loads:
+            self._loaded_at_us = now_us()
+        self._telemetry.applied(report, (now_us() - began_us) / 1e6)
+        for way, count in counts(decided.found).items():
+            self._telemetry.changed(way.value, count)
+        self._telemetry.in_force(plan)
+        return report
+
+    # -- what it tells ------------------------------------------------------------------------------------
+
+    def _summary(self, workload: Workload, decided: _Decided) -> dict[str, Any]:
+        plan = decided.best.plan
+        return {
             "rates": {model.name: round(model.rate_per_s, 3) for model in workload.models},
             "plan": {
                 name: {"gpu_percent": row.gpu_percent, "batch_size": row.batch_size}
                 for name, row in plan.models.items()
             },
-            "headroom": round(plan.headroom, 3),
+            "headroom": round(min(plan.headroom, 1e6), 3),
+            "feasible": plan.feasible,
+            "changes": [str(change) for change in decided.found],
         }
-        if self._dry_run:
-            self._decide("advised", f"{reason}; {why or 'nothing to change'}", **summary)
-            return Round(profiles, workload, plan, None)
-        chosen = plan if why else stated
-        report = self._steps.apply(chosen, profiles, workload)
-        what = "applied" if why else "kept"
-        self._decide(
-            what, f"{reason}; {why or 'too little to gain by reloads'}", loads=report.loads, **summary
-        )
-        return Round(profiles, workload, chosen, report)
 
-    def _decide(self, what: str, reason: str, **fields: Any) -> None:
+    def _decide(self, what: str, cause: str, reason: str, *, same: str | None = None, **fields: Any) -> None:
+        """Log it. same: tells decisions that change nothing apart; one like the last is logged once a
+        minute."""
+        self._telemetry.decided(what, cause, reason)
+        now_us = self._clock.now_us()
+        if same is not None:
+            key, at_us = self._silent
+            if key == f"{what} {same}" and now_us - at_us < SAME_AGAIN_S * 1e6:
+                return
+            self._silent = (f"{what} {same}", now_us)
+        else:
+            self._silent = ("", 0)
         self._say(f"{what}: {reason}")
-        entry: Mapping[str, Any] = {
-            "time_s": round(self._clock.wall_time_s(), 3),
-            "what": what,
-            "reason": reason,
-        }
-        self._log.append({**entry, **fields})
+        head = {"time_s": round(self._clock.wall_time_s(), 3), "what": what, "reason": reason, "cause": cause}
+        self._log.append({**head, **fields})
+
+    def _show(self, current: Round, look: Look) -> None:
+        """What this look saw, for the metrics and the board."""
+        planned = {model.name: model.rate_per_s for model in current.workload.models}
+        looks = {}
+        for model, view in look.views.items():
+            row = current.plan.models.get(model)
+            looks[model] = ModelLook(
+                measured_per_s=view.forecast.mean_per_s if view.forecast else None,
+                forecast_per_s=view.forecast.rate_per_s if view.forecast else None,
+                planned_per_s=planned.get(model),
+                attainment=view.attainment,
+                drift=view.drift,
+                predicted_run_ms=row.latency_ms if row else None,
+                measured_run_ms=view.run_ms,
+            )
+        self._telemetry.looked(looks)
+
+
+def _short(best: BestPlan) -> str:
+    """What does not fit, as a beginning of a sentence; "" where all does."""
+    if best.plan.feasible:
+        return ""
+    limit = best.plan.binding[0] if best.plan.binding else "the workload does not fit"
+    return f"{limit}: {best.shortfall}; " if best.shortfall else f"{limit}; "
+
+
+def _what(decided: _Decided) -> str:
+    """What changes, the least disruptive first, and why no more or no less."""
+    found = ", ".join(map(str, decided.found)) or "nothing to change"
+    return f"{found} ({decided.choice.why})"
+
+
+def _shares(decided: _Decided) -> str:
+    return ", ".join(map(str, decided.found))

@@ -1,8 +1,11 @@
-"""Arrival rates from Triton's counters: differences over a sliding window, tolerant of resets."""
+"""Arrivals from Triton's counters: what came between two readings, tolerant of resets and of backlogs.
+
+Triton counts a request when it is answered. Under overload that is what the server manages, not what is asked
+of it, so what waits is counted too: arrived = answered + failed + growth of what waits.
+"""
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,40 +15,53 @@ def arrivals(statistics: Mapping[str, Any], model: str) -> int:
 
     Rows (batch items) are what a plan's rates count; a failed request counts as one, its rows are not known.
     """
-    total = 0
-    for entry in statistics.get("model_stats", ()):
-        if entry.get("name") == model:
-            failed = entry.get("inference_stats", {}).get("fail", {}).get("count", 0)
-            total += int(entry.get("inference_count", 0)) + int(failed)
-    return total
+    entries = _entries(statistics, model)
+    return sum(int(entry.get("inference_count", 0)) for entry in entries) + failures(statistics, model)
 
 
-class RateMeter:
-    """Arrivals per second of one model over the last `window_s`, from a counter that may start again at 0."""
+def failures(statistics: Mapping[str, Any], model: str) -> int:
+    """Requests failed (rejected ones too) since the model was loaded, over its versions."""
+    entries = _entries(statistics, model)
+    return sum(int(entry.get("inference_stats", {}).get("fail", {}).get("count", 0)) for entry in entries)
 
-    def __init__(self, window_s: float) -> None:
-        self._window_us = int(window_s * 1e6)
-        self._samples: deque[tuple[int, int]] = deque()  # (time, arrivals since the meter began)
-        self._last_count: int | None = None
 
-    def add(self, count: int, now_us: int) -> None:
-        """A reading of the counter. Below the last one it was reset (a reload): it began again at 0."""
-        if self._last_count is None:
-            total = 0
-        else:
-            delta = count - self._last_count if count >= self._last_count else count
-            total = self._samples[-1][1] + delta
-        self._last_count = count
-        self._samples.append((now_us, total))
-        while len(self._samples) > 2 and self._samples[1][0] <= now_us - self._window_us:
-            self._samples.popleft()
+def _entries(statistics: Mapping[str, Any], model: str) -> list[Mapping[str, Any]]:
+    return [entry for entry in statistics.get("model_stats", ()) if entry.get("name") == model]
 
-    def rate_per_s(self) -> float | None:
-        """None until the window is at least half full."""
-        if len(self._samples) < 2:
+
+class CounterDelta:
+    """Growth of a counter that may start again at 0 (a reload). What came between the last reading before a
+    reset and the reset itself is lost, never counted twice and never negative."""
+
+    def __init__(self) -> None:
+        self._last: int | None = None
+
+    def step(self, count: int) -> int | None:
+        """Growth since the reading before; None at the first."""
+        last, self._last = self._last, count
+        if last is None:
             return None
-        (first_us, first), (last_us, last) = self._samples[0], self._samples[-1]
-        span_us = last_us - first_us
-        if span_us < self._window_us / 2:
+        return count - last if count >= last else count
+
+
+class ArrivalMeter:
+    """One model's arrivals as (seconds, rows) steps, from readings of its counter and of its backlog."""
+
+    def __init__(self) -> None:
+        self._counter = CounterDelta()
+        self._waiting = 0
+        self._read_at_us = 0
+        self._owed = 0  # rows seen waiting that left without being counted: taken off what comes next
+
+    def step(self, count: int, waiting: int, now_us: int) -> tuple[float, float] | None:
+        """What arrived since the reading before; None at the first, or where no time has passed."""
+        grown = self._counter.step(count)
+        seconds = (now_us - self._read_at_us) / 1e6
+        more, self._waiting = waiting - self._waiting, waiting
+        self._read_at_us = now_us
+        if grown is None or seconds <= 0:
             return None
-        return (last - first) * 1e6 / span_us
+        arrived = grown + more - self._owed
+        # The two readings are not of one moment: rows between them must not make a rate negative.
+        self._owed = max(0, -arrived)
+        return seconds, float(max(arrived, 0))

@@ -11,22 +11,21 @@ from typing import Annotated, Any
 import typer
 
 from dstack_sched.adapters.arbiter_client import SocketArbiterClient
-from dstack_sched.adapters.clock import SystemClock
-from dstack_sched.adapters.decision_log import FileDecisionLog
 from dstack_sched.adapters.json_files import write_json
 from dstack_sched.adapters.perf_analyzer import LoadOptions
 from dstack_sched.adapters.repository import DiskRepository
 from dstack_sched.adapters.triton_client import TritonClient
 from dstack_sched.app.bench import BenchOptions
-from dstack_sched.app.control_loop import ControlLoop, Round
+from dstack_sched.app.control_loop import Round
 from dstack_sched.app.planning import PlanOptions
 from dstack_sched.app.profiling import ProfilingOptions
+from dstack_sched.app.telemetry import NoMetrics
 from dstack_sched.cli import app
 from dstack_sched.cli.bench import bench_workload, print_bench
 from dstack_sched.cli.common import TritonServerOption, say, state_dir
 from dstack_sched.cli.deployment import Deployment
 from dstack_sched.cli.host import Host, HostOptions, open_host
-from dstack_sched.cli.run import LiveSteps, check_models, show
+from dstack_sched.cli.run import check_models, live_loop, show
 from dstack_sched.cli.timeline import save_timelines
 from dstack_sched.config import read_workload
 from dstack_sched.domain.load import BenchResult
@@ -87,13 +86,14 @@ def demo(
                 deployment = Deployment(copy, server, run_dir, socket)
                 check_models(wanted, deployment, workload)
                 load_all(host)
-                steps = LiveSteps(
+                loop = live_loop(
                     deployment,
+                    lambda: wanted,
+                    NoMetrics(),
                     ProfilingOptions(target_error=target_error, time_budget_s=time_budget_s),
                     PlanOptions(),
                 )
-                clock, log = SystemClock(), FileDecisionLog(run_dir)
-                done = ControlLoop(steps, server, clock, log, wanted, say=say).once("demo")
+                done = loop.once("demo")
                 show(done, json_output=False)
                 result = bench_workload(
                     wanted, host.triton.grpc_url, LoadOptions(host.triton.grpc_url), BenchOptions(seconds)

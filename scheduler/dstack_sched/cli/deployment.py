@@ -18,7 +18,7 @@ from dstack_sched.adapters.profile_store import FileProfileStore, model_sha256
 from dstack_sched.adapters.repository import DiskRepository
 from dstack_sched.adapters.stub_processes import LocalStubProcesses
 from dstack_sched.adapters.triton_client import TritonClient
-from dstack_sched.app.apply import Applier, has_levels, stated_plan
+from dstack_sched.app.apply import Applier, has_levels, stated_plan, stated_share
 from dstack_sched.app.arbiter_plans import ArbiterPlans
 from dstack_sched.app.changes import Reach
 from dstack_sched.app.edits import ConfigEdits
@@ -56,7 +56,8 @@ class Deployment:
         return report
 
     def rewrite(self, plan: Plan, reach: Reach) -> ApplyReport:
-        """State the plan in the configs, with the loads that it needs beyond what instances are told (`reach`).
+        """State the plan in the configs, with the loads that it needs beyond what instances are told
+        (`reach`).
 
         Errors: InputError with all as before; MachineError while another controller is at it.
         """
@@ -87,8 +88,8 @@ class Deployment:
             yield edits
 
     def tell(self, plan: Plan, profiles: ProfileSet, workload: Workload) -> bool:
-        """The plan as the engines take it. Trouble here is said only: without an arbiter the models run ungated,
-        and one that refuses a plan keeps its old one. Whether it was told."""
+        """The plan as the engines take it. Trouble here is said only: without an arbiter the models run
+        ungated, and one that refuses a plan keeps its old one. Whether it was told."""
         try:
             self.arbiter_plans.tell(plan, profiles, workload)
         except MachineError as error:
@@ -101,6 +102,12 @@ class Deployment:
 
     def stated(self, plan: Plan) -> Plan:
         return stated_plan(self.repository, plan)
+
+    def stated_shares(self, models: Iterable[str]) -> dict[str, float]:
+        """Model -> the GPU% that its config states; those whose config does not are left out."""
+        present = self.repository.models()
+        shares = {name: stated_share(self.repository.config(name)) for name in models if name in present}
+        return {name: share for name, share in shares.items() if share > 0}
 
 
 @contextmanager

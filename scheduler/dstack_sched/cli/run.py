@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from dstack_sched.adapters.clock import SystemClock
+from dstack_sched.adapters.controller_board import FileStatusBoard
 from dstack_sched.adapters.decision_log import FileDecisionLog
-from dstack_sched.adapters.model_files import find_models
 from dstack_sched.adapters.plan_files import plan_json
-from dstack_sched.adapters.profile_store import FileProfileStore
+from dstack_sched.adapters.prometheus import PrometheusMetrics
 from dstack_sched.adapters.triton_client import TritonClient
 from dstack_sched.adapters.triton_connection import ConnectionOptions
+from dstack_sched.adapters.triton_metrics import TritonMetrics
 from dstack_sched.app.control_loop import ControlLoop, Round
-from dstack_sched.app.planning import PlanOptions, make_plan
+from dstack_sched.app.forecast import ForecastSettings
+from dstack_sched.app.planning import PlanOptions
 from dstack_sched.app.profiling import ProfilingOptions
 from dstack_sched.app.replan import ReplanSettings
+from dstack_sched.app.telemetry import ControllerTelemetry, NoBoard
+from dstack_sched.app.watcher import Watcher
 from dstack_sched.cli import app
 from dstack_sched.cli.apply import show as show_report
 from dstack_sched.cli.common import (
@@ -31,52 +36,27 @@ from dstack_sched.cli.common import (
     state_dir,
 )
 from dstack_sched.cli.deployment import Deployment, served_repository
+from dstack_sched.cli.endpoint import EndpointOptions, exports, served
+from dstack_sched.cli.healing import CONTROLLER as HEALTH_SETTINGS
+from dstack_sched.cli.healing import controller_guards, make_health
 from dstack_sched.cli.host import signals_interrupt
+from dstack_sched.cli.live_steps import LiveSources, LiveSteps, WorkloadFile
 from dstack_sched.cli.plan import show_plan
-from dstack_sched.cli.profile import finish, measure_models, probe_settings
 from dstack_sched.config import read_workload
-from dstack_sched.domain.change import ApplyReport
-from dstack_sched.domain.plan import Plan
-from dstack_sched.domain.profile import ProfileSet
+from dstack_sched.domain.metrics import CONTROLLER
 from dstack_sched.domain.workload import Workload
 from dstack_sched.errors import InputError
-
-
-@dataclass(frozen=True)
-class LiveSteps:
-    """control_loop.Steps on a real deployment."""
-
-    deployment: Deployment
-    profiling: ProfilingOptions
-    planning: PlanOptions
-    provider: str = "auto"
-
-    def profile(self, models: Iterable[str]) -> ProfileSet:
-        """Stored points are reused. Requests that are served meanwhile disturb the measurement."""
-        deployment = self.deployment
-        found = find_models([deployment.repository.root], list(models))
-        store = FileProfileStore(deployment.state / "profiles")
-        logs = state_dir(deployment.state / "logs")
-        with probe_settings(self.provider, 0, logs / "mps.log") as settings:
-            results = measure_models(found, store, settings, self.profiling, {})
-            return finish(found, results, store, settings, {}, corun=False)
-
-    def plan(self, profiles: ProfileSet, workload: Workload) -> Plan:
-        return make_plan(profiles, workload, self.planning)
-
-    def apply(self, plan: Plan, profiles: ProfileSet, workload: Workload) -> ApplyReport:
-        return self.deployment.apply(plan, profiles, workload)
-
-    def stated(self, plan: Plan) -> Plan:
-        return self.deployment.stated(plan)
+from dstack_sched.ports import Metrics
 
 
 @app.command()
 @connects
+@exports
 def run(
     workload: Annotated[Path, typer.Option("--workload", metavar="FILE", help="SLOs and expected rates.")],
     state: StateOption,
     connection: ConnectionOptions,
+    metrics: EndpointOptions,
     repository: Annotated[
         Path | None,
         typer.Argument(
@@ -86,11 +66,22 @@ def run(
     socket: Annotated[
         Path | None, typer.Option("--socket", metavar="PATH", help="The arbiter's socket.")
     ] = None,
+    triton_metrics: Annotated[
+        str | None,
+        typer.Option("--triton-metrics", metavar="HOST:PORT", help="Triton's metrics; default: port 8002."),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only advise: change nothing.")] = False,
     once: Annotated[bool, typer.Option("--once", help="Plan and apply once, then end.")] = False,
-    interval_s: Annotated[float, typer.Option("--interval-s", help="Between two looks at the rates.")] = 2.0,
-    window_s: Annotated[float, typer.Option("--window-s", help="Rates are means over this long.")] = 10.0,
-    cooldown_s: Annotated[float, typer.Option("--cooldown-s", help="At least so long between plans.")] = 30.0,
+    interval_s: Annotated[float, typer.Option("--interval-s", help="Between two looks at the rates.")] = 1.0,
+    window_s: Annotated[
+        float, typer.Option("--window-s", help="Forecasts look back so far, or to the last change.")
+    ] = 60.0,
+    cooldown_s: Annotated[
+        float, typer.Option("--cooldown-s", help="At least so long between plans that reload.")
+    ] = 10.0,
+    horizon_s: Annotated[
+        float, typer.Option("--horizon-s", help="A reload must pay for itself within so long.")
+    ] = 60.0,
     gpus: Annotated[int, typer.Option("--gpus", help="GPUs of the profiled kind.")] = 1,
     time_budget_s: Annotated[
         float, typer.Option("--time-budget-s", help="For profiling one new model.")
@@ -99,44 +90,79 @@ def run(
     provider: Annotated[str, typer.Option("--provider", help="Profile on: auto, cpu or cuda.")] = "auto",
     json_output: JsonOption = False,
 ) -> None:
-    """Profile what is new, plan, apply; then watch the arrival rates and plan again when they have shifted.
+    """Profile what is new, plan, apply; then watch rates and latencies, and plan again where that pays.
 
-    Needs a running Triton in explicit model control (dstackctl serve, or your own). Ctrl-C ends it; what it
-    put in force stays. Decisions: dstackctl status --why.
+    Changes take the least disruptive way: a message to the arbiter where that is enough, a reload only where
+    it pays. What does not fit is planned as far as it goes, and said. The workload file is read again when it
+    changes. Needs a running Triton in explicit model control (dstackctl serve, or your own). Ctrl-C ends it;
+    what it put in force stays. Decisions and their reasons: dstackctl status --why.
 
     Example: dstackctl run model_repository --workload perf/workloads/sample.yaml
     """
-    if interval_s <= 0 or window_s < interval_s or cooldown_s < 0:
+    if interval_s <= 0 or window_s < 3 * interval_s or cooldown_s < 0 or horizon_s <= 0:
         raise InputError(
-            "--interval-s must be above 0, --window-s at least the interval, --cooldown-s 0 or more"
+            "--interval-s and --horizon-s must be above 0, --window-s at least three intervals, --cooldown-s "
+            "0 or more"
         )
     state_dir(state)
-    wanted = read_workload(workload)
-    with TritonClient(connection) as server:
+    read_workload(workload)
+    with TritonClient(connection) as server, ExitStack() as stack:
         server.require_ready()
         deployment = Deployment(served_repository(connection.url, repository), server, state, socket)
-        check_models(wanted, deployment, workload)
+        wanted = WorkloadFile(workload, lambda read, where: check_models(read, deployment, where))
         if not dry_run:
             deployment.recover()
-        loop = ControlLoop(
-            LiveSteps(
-                deployment,
-                ProfilingOptions(target_error=target_error, time_budget_s=time_budget_s),
-                PlanOptions(gpus=gpus),
-                provider,
-            ),
-            server,
-            SystemClock(),
-            FileDecisionLog(state),
-            wanted,
-            settings=replace(ReplanSettings(), window_s=window_s, hold_s=window_s / 2, cooldown_s=cooldown_s),
+        prometheus = PrometheusMetrics(CONTROLLER)
+        url = stack.enter_context(served(prometheus, metrics))
+        if url:
+            say(f"metrics of the controller: {url}")
+        loop = live_loop(
+            deployment,
+            wanted.read,
+            prometheus,
+            ProfilingOptions(target_error=target_error, time_budget_s=time_budget_s),
+            PlanOptions(gpus=gpus),
+            settings=ReplanSettings(cooldown_s=cooldown_s, horizon_s=horizon_s),
+            forecasting=ForecastSettings(window_s=window_s),
+            triton_metrics=triton_metrics or f"{connection.url.rpartition(':')[0]}:8002",
+            provider=provider,
             dry_run=dry_run,
-            say=say,
         )
         first = loop.once()
         show(first, json_output)
         if not once:
             watch(loop, first, interval_s)
+        elif first.shortfall:
+            say(first.shortfall)
+            raise typer.Exit(1)
+
+
+def live_loop(
+    deployment: Deployment,
+    wanted: Callable[[], Workload],
+    metrics: Metrics,
+    profiling: ProfilingOptions,
+    planning: PlanOptions,
+    *,
+    settings: ReplanSettings | None = None,
+    forecasting: ForecastSettings | None = None,
+    triton_metrics: str = "",
+    provider: str = "auto",
+    dry_run: bool = False,
+) -> ControlLoop:
+    """The loop on a deployment, all wired. triton_metrics: HOST:PORT, "": backlogs are not looked at."""
+    clock, state, server = SystemClock(), deployment.state, deployment.server
+    about = {"url": server.url, "repository": str(deployment.repository.root), "dry_run": dry_run}
+    board = NoBoard() if dry_run else FileStatusBoard(state)
+    telemetry = ControllerTelemetry(metrics, board, clock, about)
+    models = [model.name for model in wanted().models]
+    guards = controller_guards(server, deployment.repository, models, deployment.arbiter_plans)
+    health = make_health(guards, state, deployment.repository, telemetry.health, HEALTH_SETTINGS)
+    steps = LiveSteps(deployment, wanted, profiling, planning, provider, health.check)
+    sources = LiveSources(deployment, TritonMetrics(triton_metrics) if triton_metrics else None)
+    watcher = Watcher(models, server, sources, clock, forecasting)
+    log = FileDecisionLog(state)
+    return ControlLoop(steps, watcher, clock, log, telemetry, settings=settings, dry_run=dry_run, say=say)
 
 
 def watch(loop: ControlLoop, first: Round, interval_s: float) -> None:

@@ -60,6 +60,18 @@ class ModelProfile:
 
 
 @dataclass(frozen=True, slots=True)
+class Correction:
+    """What service has shown a profile to be by now (app/drift.py). base: the profile it was made from.
+
+    points: measured in service, at most one a (GPU%, batch size); scale: of all other latencies.
+    """
+
+    base: str
+    scale: float = 1.0
+    points: tuple[ProfilePoint, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class CorunMember:
     """One model of a co-run measurement, closed loop."""
 

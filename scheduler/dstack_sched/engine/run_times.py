@@ -125,9 +125,14 @@ class RunTimes:
             rows.append(Seen(percent, size, self._counts[percent, size], float(p50), float(p99)))
         return tuple(rows)
 
-    def keep_seen(self, old: RunTimes) -> None:
-        """Go on from what another one (of the plan before) has seen."""
+    def go_on_from(self, old: RunTimes) -> None:
+        """Keep what another one (of the plan before) has seen, and its predictions where the tables differ by
+        a factor only: a plan is no reason to learn the machine's speed anew."""
         self._runs, self._counts = old._runs, old._counts
+        if self.known and old.known and len(self.us[-1]) == len(old.us[-1]):
+            scale = old.scale * sum(old.us[-1]) / sum(self.us[-1])
+            self.scale = min(max(scale, MIN_SCALE), MAX_SCALE)
+            self.spread = old.spread
 
     def _rebuild(self, level: int) -> None:
         """Redraw the learned level, and those never seen from it: time grows as 1/p below, stays above."""

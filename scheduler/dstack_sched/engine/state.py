@@ -161,7 +161,7 @@ class Instance:
         if old is not None and not self.times.known and not old.known:
             self.times = old  # nothing new is known: keep what was learned
         elif old is not None:
-            self.times.keep_seen(old)
+            self.times.go_on_from(old)
         nearest = min(range(len(self.levels)), key=lambda i: abs(self.levels[i] - plan.gpu_percent))
         self.level = self.plan_level = nearest
         # What one row is worth: its run time in a planned batch with the whole GPU.

@@ -26,8 +26,8 @@ def runnable_grid(
     above the largest measured batch size.
 
     CPU host: whole cores, k / cores x 100. A model with levels (shares it can change between from batch to
-    batch): those. Otherwise MPS takes whole percents; `step_percent` coarsens them, 100 always included. held_percent: the one share
-    there is, that of a process that keeps it.
+    batch): those. Otherwise MPS takes whole percents; `step_percent` coarsens them, 100 always included.
+    held_percent: the one share there is, that of a process that keeps it.
     """
     lowest = surface.min_percent - 1e-9
     if held_percent is not None:

@@ -1,0 +1,151 @@
+"""control_loop.Steps and watcher.Sources on a real deployment."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from dstack_sched.adapters.correction_store import FileCorrectionStore
+from dstack_sched.adapters.model_files import find_models
+from dstack_sched.adapters.profile_store import FileProfileStore
+from dstack_sched.adapters.triton_metrics import TritonMetrics
+from dstack_sched.app.changes import Reach
+from dstack_sched.app.planning import PlanOptions, make_plan
+from dstack_sched.app.profiling import ProfilingOptions
+from dstack_sched.cli.common import say, state_dir
+from dstack_sched.cli.deployment import Deployment
+from dstack_sched.cli.profile import finish, measure_models, probe_settings
+from dstack_sched.config import read_workload
+from dstack_sched.domain.change import ApplyReport
+from dstack_sched.domain.plan import Plan
+from dstack_sched.domain.profile import Correction, ProfileSet
+from dstack_sched.domain.workload import Workload
+from dstack_sched.engine.run_times import Seen
+from dstack_sched.errors import DstackError, InputError
+
+
+class WorkloadFile:
+    """The operator's wishes, read again when the file has changed. Errors (at first): InputError.
+
+    A change that cannot be used is said once, and the last good one stays.
+    """
+
+    def __init__(self, path: Path, check: Callable[[Workload, Path], None]) -> None:
+        self._path = path
+        self._check = check
+        self._stamp = self._look()
+        self._last = read_workload(path)
+        check(self._last, path)
+
+    def read(self) -> Workload:
+        """What is wanted now."""
+        stamp = self._look()
+        if stamp != self._stamp:
+            self._stamp = stamp
+            try:
+                wanted = read_workload(self._path)
+                self._check(wanted, self._path)
+                self._last = wanted
+            except InputError as error:
+                say(f"{error}; the workload read before stays")
+        return self._last
+
+    def _look(self) -> tuple[int, int]:
+        try:
+            status = self._path.stat()
+        except OSError:
+            return (0, 0)
+        return (status.st_mtime_ns, status.st_size)
+
+
+class LiveSteps:
+    """See control_loop.Steps; the deployment is the one that `run` was started for."""
+
+    def __init__(
+        self,
+        deployment: Deployment,
+        wanted: Callable[[], Workload],
+        profiling: ProfilingOptions,
+        planning: PlanOptions,
+        provider: str = "auto",
+        health: Callable[[], object] = lambda: None,
+    ) -> None:
+        self._deployment = deployment
+        self._profiling = profiling
+        self._planning = planning
+        self._provider = provider
+        self._corrections = FileCorrectionStore(deployment.state)
+        self.wanted = wanted
+        self._health = health
+
+    def profile(self, models: Iterable[str]) -> ProfileSet:
+        """Stored points are reused. Requests that are served meanwhile disturb the measurement."""
+        deployment = self._deployment
+        found = find_models([deployment.repository.root], list(models))
+        store = FileProfileStore(deployment.state / "profiles")
+        logs = state_dir(deployment.state / "logs")
+        with probe_settings(self._provider, 0, logs / "mps.log") as settings:
+            results = measure_models(found, store, settings, self._profiling, {})
+            return finish(found, results, store, settings, {}, corun=False)
+
+    def plan(
+        self, profiles: ProfileSet, workload: Workload, held: Mapping[str, float], *, lenient: bool
+    ) -> Plan:
+        return make_plan(profiles, workload, replace(self._planning, shares=held, lenient=lenient))
+
+    def reach(self) -> Reach:
+        return self._deployment.reach()
+
+    def stated(self, plan: Plan) -> Plan:
+        return self._deployment.stated(plan)
+
+    def stated_shares(self, models: Iterable[str]) -> dict[str, float]:
+        return self._deployment.stated_shares(models)
+
+    def tell(self, plan: Plan, profiles: ProfileSet, workload: Workload) -> bool:
+        return self._deployment.tell(plan, profiles, workload)
+
+    def apply(self, plan: Plan, reach: Reach) -> ApplyReport:
+        return self._deployment.rewrite(plan, reach)
+
+    def check_health(self) -> None:
+        self._health()
+
+    def urgent(self) -> str | None:
+        return None
+
+    def corrections(self, profiles: ProfileSet) -> dict[str, Correction]:
+        known = self._corrections.read(profiles.device)
+        return {name: known[p.sha256] for name, p in profiles.models.items() if p.sha256 in known}
+
+    def keep_corrections(self, profiles: ProfileSet, corrections: Mapping[str, Correction]) -> None:
+        rows = {profiles.models[name].sha256: each for name, each in corrections.items()}
+        self._corrections.write(profiles.device, rows)
+
+
+class LiveSources:
+    """See watcher.Sources. metrics None: Triton's metrics cannot be read, so backlogs are not known."""
+
+    def __init__(self, deployment: Deployment, metrics: TritonMetrics | None) -> None:
+        self._arbiter = deployment.arbiter_plans.arbiter
+        self._metrics = metrics
+
+    def waiting(self) -> dict[str, int]:
+        return self._metrics.waiting() if self._metrics else {}
+
+    def arbiter_models(self) -> dict[str, Mapping[str, Any]]:
+        try:
+            return dict(self._arbiter.request("status").get("models", {}))
+        except DstackError:
+            return {}
+
+    def run_times(self, model: str) -> Sequence[Seen]:
+        try:
+            rows = self._arbiter.request("run_times", model=model).get("runs", ())
+        except DstackError:
+            return ()
+        return [
+            Seen(float(p), int(rows), int(runs), float(p50), float(p99)) for p, rows, runs, p50, p99 in rows
+        ]
