@@ -38,6 +38,7 @@ class FakeServer:
         self.lingering: dict[int, int] = {}
         self.linger_polls = 3
         self.counts: dict[str, dict[str, int]] = {}
+        self.queue: dict[str, tuple[int, int]] = {}  # model -> requests that left Triton's queue, ns in it
         self.away = False
         self.by_hand: set[str] = set()
         self._version_ns: dict[str, int] = {}
@@ -120,6 +121,7 @@ class FakeServer:
 
     def _entry(self, model: str) -> dict[str, Any]:
         counts = self.counts.get(model, {"rows": 0, "failed": 0})
+        queued, queue_ns = self.queue.get(model, (0, 0))
         return {
             "name": model,
             "version": "1",
@@ -127,6 +129,7 @@ class FakeServer:
             "inference_stats": {
                 "success": {"count": counts["rows"], "ns": 0},
                 "fail": {"count": counts["failed"], "ns": 0},
+                "queue": {"count": queued, "ns": queue_ns},
             },
         }
 

@@ -1,4 +1,4 @@
-"""ports.StatusBoard: STATE/controller.json, what the controller last saw; `dstackctl status` reads it."""
+"""ports.StatusBoard: STATE/controller.json and serve.json, what `run` and `serve` last saw, for `status`."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from typing import Any
 from dstack_sched.adapters.json_files import write_json
 from dstack_sched.errors import DstackError
 
-FILE_NAME = "controller.json"
+CONTROLLER_BOARD = "controller.json"
+SERVE_BOARD = "serve.json"
 log = logging.getLogger("dstack.controller")
 
 
 class FileStatusBoard:
     """Written whole, by rename. A board that cannot be written is no reason to stop: it is said once."""
 
-    def __init__(self, state: Path) -> None:
-        self.path = state / FILE_NAME
+    def __init__(self, state: Path, name: str = CONTROLLER_BOARD) -> None:
+        self.path = state / name
         self._pid = os.getpid()
         self._start_ticks = _start_ticks(self._pid)
         self._complained = False
@@ -36,11 +37,11 @@ class FileStatusBoard:
             self._complained = True
 
 
-def read_board(state: Path) -> dict[str, Any] | None:
-    """What the last controller wrote, with "running": whether that very process is still there. None where
+def read_board(state: Path, name: str = CONTROLLER_BOARD) -> dict[str, Any] | None:
+    """What was written there last, with "running": whether that very process is still there. None where
     there is no such file, or none that can be read."""
     try:
-        document = json.loads((state / FILE_NAME).read_text(encoding="utf-8"))
+        document = json.loads((state / name).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     if not isinstance(document, dict) or document.get("version") != 1:

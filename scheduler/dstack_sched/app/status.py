@@ -1,128 +1,126 @@
-"""What is going on now: each model's state, share, batch, rate, lateness, as plain JSON types."""
+"""What is going on now, as plain JSON types: two readings make rates, shares and attainment."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from dstack_sched.app.rates import arrivals
-from dstack_sched.domain.model_config import BACKEND
-from dstack_sched.errors import DstackError
-from dstack_sched.ports import ArbiterClient, Clock, ModelServer
-
-ArbiterStatus = Mapping[str, Any]
+from dstack_sched.app.status_model import model_row
+from dstack_sched.app.status_reading import Body, Reading, Sources, take
 
 
 class StatusReader:
-    """Reads server and arbiter; rates and shares hold for the time between two reads.
+    """`read` again and again; figures hold for the time since the reading before, and those that take two are
+    None in the first."""
 
-    `read` gives {"version", "server", "arbiter", "models": {NAME: {...}}, "gpus"}; figures that take two
-    reads are None in the first. Errors: ServerError when Triton does not answer; a missing arbiter is no
-    error, its fields are None.
-    """
-
-    def __init__(self, server: ModelServer, arbiter: ArbiterClient, clock: Clock) -> None:
-        self._server = server
-        self._arbiter = arbiter
-        self._clock = clock
-        self._last: tuple[int, dict[str, int], ArbiterStatus] | None = None
+    def __init__(self, sources: Sources) -> None:
+        self._sources = sources
+        self._before: Reading | None = None
 
     def read(self) -> dict[str, Any]:
-        about = self._server.metadata()
-        states = self._server.models()
-        arbiter = self._ask_arbiter()
-        statistics = self._server.statistics("")
-        now_us = self._clock.now_us()
-        counts = {model: arrivals(statistics, model) for model in states}
-        models = {
-            model: row
-            for model, state in states.items()
-            if (row := self._model(model, state, counts[model], arbiter, now_us)) is not None
-        }
-        document = {
-            "version": 1,
-            "server": {"name": about.get("name"), "version": about.get("version")},
-            "arbiter": arbiter.get("policy"),
-            "gpus": {index: self._gpu(index, gpu, now_us) for index, gpu in arbiter.get("gpus", {}).items()},
-            "models": models,
-        }
-        self._last = (now_us, counts, arbiter)
-        return document
-
-    def _ask_arbiter(self) -> ArbiterStatus:
-        try:
-            return self._arbiter.request("status")
-        except DstackError:
-            return {}
-
-    def _model(
-        self, model: str, state: str, count: int, arbiter: ArbiterStatus, now_us: int
-    ) -> dict[str, Any] | None:
-        """One row; None for a model of another backend."""
-        config = self._server.config(model) if state == "READY" else {}
-        if config and config.get("backend") != BACKEND:
-            return None
-        parameters = {key: each.get("string_value") for key, each in config.get("parameters", {}).items()}
-        backends = [each for each in arbiter.get("backends", ()) if each["model"] == model]
-        return {
-            "state": state,
-            "gpu_percent": _float(parameters.get("gpu_percent")),
-            "batch_size": _float(parameters.get("batch_size"), int),
-            "max_batch_size": config.get("max_batch_size"),
-            "slo_ms": _float(parameters.get("slo_ms")),
-            "rate_per_s": self._rate(model, count, now_us),
-            "within_slo": self._within_slo(model, arbiter),
-            "utilization_percent": self._model_share(model, arbiter, now_us),
-            "waiting": sum(each["waiting"] for each in backends) if backends else None,
-            "instances": [each["state"] for each in backends],
-        }
-
-    def _rate(self, model: str, count: int, now_us: int) -> float | None:
-        if self._last is None or model not in self._last[1] or now_us <= self._last[0]:
-            return None
-        before = self._last[1][model]
-        delta = count - before if count >= before else count  # a reload starts the counter again
-        return delta * 1e6 / (now_us - self._last[0])
-
-    def _within_slo(self, model: str, arbiter: ArbiterStatus) -> float | None:
-        """Share of rows answered in time, between two reads; since the arbiter's start where none came."""
-        now = _counters(arbiter, model)
-        if now is None:
-            return None
-        before = (_counters(self._last[2], model) if self._last else None) or (0, 0)
-        rows, late = now[0] - before[0], now[1] - before[1]
-        if rows <= 0 or late < 0:
-            rows, late = now
-        return 1 - late / rows if rows else None
-
-    def _model_share(self, model: str, arbiter: ArbiterStatus, now_us: int) -> float | None:
-        """GPU% held, on average, between the two reads."""
-        now = arbiter.get("models", {}).get(model, {}).get("gpu_percent_ms")
-        before = self._last[2].get("models", {}).get(model, {}).get("gpu_percent_ms") if self._last else None
-        return self._mean_percent(now, before, now_us)
-
-    def _gpu(self, index: str, gpu: Mapping[str, Any], now_us: int) -> dict[str, Any]:
-        before = self._last[2].get("gpus", {}).get(index, {}).get("gpu_percent_ms") if self._last else None
-        return {
-            "capacity_percent": gpu["capacity_percent"],
-            "granted_percent": gpu["granted_percent"],
-            "utilization_percent": self._mean_percent(gpu["gpu_percent_ms"], before, now_us),
-        }
-
-    def _mean_percent(self, now: float | None, before: float | None, now_us: int) -> float | None:
-        if now is None or before is None or self._last is None or now < before or now_us <= self._last[0]:
-            return None
-        return (now - before) * 1000 / (now_us - self._last[0])
+        """See `document`. Never fails: parts that do not answer are named in "missing"."""
+        now = take(self._sources)
+        result = document(now, self._before)
+        self._before = now
+        return result
 
 
-def _counters(arbiter: ArbiterStatus, model: str) -> tuple[int, int] | None:
-    """(rows, late rows) of a model since the arbiter's start."""
-    found = arbiter.get("models", {}).get(model)
-    return (found["rows"], found["late_rows"]) if found else None
+def document(now: Reading, before: Reading | None) -> dict[str, Any]:
+    """{"version", "time_s", "server", "arbiter", "controller", "serve", "mps": None where it does not answer,
+    "gpus": {INDEX: {...}}, "models": {NAME: status_model.model_row}, "faults": [...],
+    "missing": {PART: why}}."""
+    return {
+        "version": 1,
+        "time_s": round(now.time_s, 3),
+        "server": {"name": now.about.get("name"), "version": now.about.get("version")} if now.about else None,
+        "arbiter": _arbiter(now.arbiter),
+        "controller": _board(now, "controller"),
+        "serve": _board(now, "serve"),
+        "mps": now.mps,
+        "gpus": {index: _gpu(index, now, before) for index in _gpu_indices(now)},
+        "models": {name: model_row(name, now, before) for name in model_names(now)},
+        "faults": faults(now),
+        "missing": dict(now.missing),
+    }
 
 
-def _float(text: str | None, kind: Callable[[str], Any] = float) -> Any:
-    try:
-        return None if text is None else kind(text)
-    except ValueError:
+def model_names(now: Reading) -> list[str]:
+    """Models that Triton serves with our backend or has not loaded; without Triton, those that the arbiter or
+    the controller knows."""
+    if now.about:
+        return sorted(now.models)
+    known = {each["model"] for each in now.arbiter.get("backends", ())}
+    for gpu in now.arbiter.get("gpus", {}).values():
+        known |= set(gpu.get("plan", {}))
+    controller = now.boards.get("controller") or {}
+    if controller.get("running"):
+        known |= set(controller.get("models", {}))
+    return sorted(known)
+
+
+def faults(now: Reading) -> list[dict[str, Any]]:
+    """What `run` and `serve` see as wrong now, each once. Those of a program that ended are history."""
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for name in ("controller", "serve"):
+        board = now.boards.get(name) or {}
+        for fault in board.get("faults", ()) if board.get("running") else ():
+            found.setdefault((fault["kind"], fault["subject"]), {**fault, "seen_by": name})
+    return list(found.values())
+
+
+def _arbiter(status: Body) -> dict[str, Any] | None:
+    if not status:
         return None
+    decisions = status.get("decision_us", {})
+    return {
+        "policy": status.get("policy"),
+        "pid": status.get("pid"),
+        "uptime_s": status.get("uptime_s"),
+        "clients": status.get("clients"),
+        "sessions": status.get("backend_states", {}),
+        "decision_us": {key: decisions.get(key) for key in ("p50", "p99")},
+        "overload_reports": status.get("overload_reports", []),
+    }
+
+
+def _board(now: Reading, name: str) -> dict[str, Any] | None:
+    board = now.boards.get(name)
+    if board is None:
+        return None
+    return {**board, "age_s": round(max(0.0, now.time_s - board.get("updated_s", now.time_s)), 1)}
+
+
+def _gpu_indices(now: Reading) -> list[str]:
+    return sorted({*now.arbiter.get("gpus", {}), *now.gpus}, key=int)
+
+
+def _gpu(index: str, now: Reading, before: Reading | None) -> dict[str, Any]:
+    """utilization_percent: GPU% granted on average since the reading before; device_percent: NVML's own."""
+    arbiter = now.arbiter.get("gpus", {}).get(index, {})
+    device = now.gpus.get(index, {})
+    return {
+        "name": device.get("name"),
+        "capacity_percent": arbiter.get("capacity_percent"),
+        "granted_percent": arbiter.get("granted_percent"),
+        "utilization_percent": _mean_percent(index, now, before),
+        "scores": arbiter.get("scores", {}),
+        "device_percent": device.get("utilization_percent"),
+        "memory_bytes": device.get("memory_bytes"),
+        "used_bytes": device.get("used_bytes"),
+        "used_by_others_bytes": device.get("used_by_others_bytes"),
+        "out": device.get("out"),
+    }
+
+
+def _mean_percent(index: str, now: Reading, before: Reading | None) -> float | None:
+    if before is None or now.time_us <= before.time_us:
+        return None
+    last, first = (_share_time(reading.arbiter, index) for reading in (now, before))
+    if last is None or first is None or last < first:
+        return None
+    return (last - first) * 1000 / (now.time_us - before.time_us)
+
+
+def _share_time(arbiter: Body, index: str) -> float | None:
+    found: Mapping[str, Any] = arbiter.get("gpus", {}).get(index, {})
+    return found.get("gpu_percent_ms")

@@ -136,6 +136,12 @@ def percentages(
     return kept_percentages(state, gpus[0].name, gpus[0].driver)
 
 
+def mps_now(gpus: tuple[GpuReading, ...]) -> dict[str, Any] | None:
+    """The daemon of this host with its clients, for `dstackctl status`; None where none answers."""
+    console = find_daemon()
+    return None if console is None else describe(console, gpus, None)
+
+
 def describe(
     console: MpsConsole | None, gpus: tuple[GpuReading, ...], table: dict[float, int] | None
 ) -> dict[str, Any]:
