@@ -22,7 +22,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,9 @@ from compare.cells import CELLS, Cell, file_of, network_of
 from compare.deployment import Deployment
 from compare.peak import PeakSearch, Trial, find_peak
 from compare.planning import Planner
+from compare.report import peaks_table
+from compare.report import write as write_readme
+from compare.static_search import candidates
 from dstack_sched.adapters.profile_files import read_profiles
 from dstack_sched.domain.workload import OnLate
 from dstack_sched.errors import DstackError, InputError, MachineError
@@ -109,6 +112,10 @@ def main() -> int:
             run_group(study, *group)
         except (InputError, MachineError, DstackError) as error:
             study.problem(f"{group[0][0].name}: {error}")
+    if study.path.exists():
+        document = json.loads(study.path.read_text())
+        study.say(f"{write_readme(document, options.out)} written")
+        print("\n".join(peaks_table(document)))
     missing = [
         f"{cell.key} {each.name}" for cell in cells for each in alternatives if study.find(cell, each) is None
     ]
@@ -137,6 +144,9 @@ def run_group(study: Study, alternatives: list[Alternative], cells: list[Cell]) 
     if not todo or study.left_s() < 60:
         return
     options, first = study.options, alternatives[0]
+    if first.shares == "searched":
+        search_static(study, first, cells[0])
+        return
     models = sorted({model for cell, _ in todo for model in cell.models})
     served = {model: Served(extra=dict(options.parameters)) for model in models}
     if first.shares == "planned":
@@ -146,13 +156,8 @@ def run_group(study: Study, alternatives: list[Alternative], cells: list[Cell]) 
             name: replace(how, extra={**how.extra, "levels": options.levels}) for name, how in served.items()
         }
     study.say(f"starting a server for {', '.join(each.name for each in alternatives)}: {len(models)} models")
-    deployment = Deployment(
-        options.work / first.name, options.models_dir, served, first,
-        kind="KIND_GPU" if options.device == "cuda" else "KIND_CPU",
-        shared_memory=options.shared_memory, say=study.say,
-    )  # fmt: skip
+    deployment = deploy(study, first, served)
     try:
-        study.say(f"ready after {deployment.start_s:.1f} s")
         measure_solo(study, deployment, models)
         for cell, alternative in todo:
             if study.left_s() < 25:
@@ -162,6 +167,63 @@ def run_group(study: Study, alternatives: list[Alternative], cells: list[Cell]) 
             measure(study, deployment, cell, alternative)
     finally:
         deployment.close()
+
+
+def deploy(study: Study, alternative: Alternative, served: Mapping[str, Served]) -> Deployment:
+    """A running server."""
+    options = study.options
+    deployment = Deployment(
+        options.work / alternative.name, options.models_dir, served, alternative,
+        kind="KIND_GPU" if options.device == "cuda" else "KIND_CPU", shared_memory=options.shared_memory,
+    )  # fmt: skip
+    study.say(f"ready after {deployment.start_s:.1f} s")
+    return deployment
+
+
+def search_static(study: Study, alternative: Alternative, cell: Cell) -> None:
+    """Deploy candidate after candidate, keep the best, and measure that one as all others are."""
+    options, started = study.options, time.monotonic()
+    solo_ms = {model: study.solo_ms[network_of(model)] for model in cell.models}
+    served = {model: Served(extra=dict(options.parameters)) for model in cell.models}
+    tried: list[dict[str, Any]] = []
+    best: tuple[float, str, dict[str, Served]] | None = None
+    for name, shares in candidates(study.planner.static(cell, study.solo_ms, served)):
+        if (
+            study.left_s() < options.static_search_s / 8
+            or time.monotonic() - started > options.static_search_s
+        ):
+            study.say(f"{cell.key} {alternative.name}: no time left to try {name}")
+            break
+        deployment = deploy(study, alternative, shares)
+        try:
+            deployment.use(alternative)
+            found = find_peak(
+                lambda rate, on=deployment: on.trial(  # type: ignore[misc]
+                    cell.workload(solo_ms, rate, OnLate.SERVE), options.seconds, options.warmup_s, SEED
+                ),
+                best[0] if best else study.planner.guess_per_s(cell, solo_ms, alternative),
+                wanted=ATTAINMENT, tolerance=0.1, max_trials=6, left_s=study.left_s,
+                trial_s=options.seconds + 6.0,
+            )  # fmt: skip
+        finally:
+            deployment.close()
+        study.say(f"{cell.key} {alternative.name}: {name}: {found.peak_per_s:.0f}/s")
+        tried.append({"shares": name, **search_figures(found, SEED)})
+        if best is None or found.peak_per_s > best[0]:
+            best = (found.peak_per_s, name, shares)
+    if best is None:
+        return
+    searched_s = time.monotonic() - started
+    deployment = deploy(study, alternative, best[2])
+    try:
+        deployment.use(alternative)
+        measure(study, deployment, cell, alternative)
+    finally:
+        deployment.close()
+    result = study.find(cell, alternative)
+    if result is not None:
+        shares_found = {model: each.gpu_percent for model, each in best[2].items()}
+        study.keep(result | {"search_s": round(searched_s, 1), "tried": tried, "shares": shares_found})
 
 
 def measure_solo(study: Study, deployment: Deployment, models: Iterable[str]) -> None:
@@ -315,6 +377,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--warmup-s", type=float, default=1.0)
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--curve", action="store_true", help="also goodput at fixed shares of the peak")
+    parser.add_argument("--static-search-s", type=float, default=400.0, help="for best-static, a cell")
     parser.add_argument("--again", action="store_true", help="measure what is known already, too")
     parser.add_argument("--levels", default="auto", help="config parameter levels of D-STACK's models")
     parser.add_argument("--parameters", type=names_to(pair), default=[], help="KEY=VALUE for every config")

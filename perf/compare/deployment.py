@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -54,11 +54,9 @@ class Deployment:
         *,
         kind: str,
         shared_memory: str,
-        say: Callable[[str], None],
     ) -> None:
         shutil.rmtree(directory, ignore_errors=True)
         self.alternative = alternative
-        self._say = say
         started = time.monotonic()
         names = write_repository(directory / "models", models_dir, served, alternative, kind)
         self.host = Host(
@@ -170,6 +168,9 @@ def trial_of(result: BenchResult, gpu: Mapping[str, float]) -> Trial:
         }
         for name, each in result.models.items()
     }  # fmt: skip
+    for name, each in result.models.items():
+        if each.slo_attainment is None:
+            raise ServerError(f"{name}: the load could not be measured ({each.requests} requests)")
     attainments = [each.slo_attainment or 0.0 for each in result.models.values()]
     goodputs = [each.goodput_per_s for each in result.models.values()]
     served = [each.goodput_per_s / each.rate_per_s for each in result.models.values()]
