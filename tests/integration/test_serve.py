@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 import tritonclient.grpc as triton
 
 from dstack_sched.adapters.arbiter_process import ArbiterProcess
 from fakes.feature_models import plus, save
+from fakes.site import Served, serve_command
 
 TIMEOUT_S = 60.0
 
@@ -36,46 +33,13 @@ def add_model(repository: Path, name: str, number: float) -> None:
     (repository / name / "config.pbtxt").write_text('backend: "dstack"\n')
 
 
-def command(repository: Path, tmp_path: Path, *options: str) -> list[str]:
-    ports = ["--http-port", "0", "--grpc-port", "0", "--metrics-port", "0"]
-    places = ["--state", str(tmp_path / "state"), "--socket", str(tmp_path / "arbiter.sock")]
-    return [sys.executable, "-m", "dstack_sched", "serve", str(repository), *ports, *places, *options]
-
-
-class Serving:
-    """A running `dstackctl serve --json` and what it printed once it was up."""
-
-    def __init__(self, repository: Path, tmp_path: Path) -> None:
-        self.errors = tmp_path / "serve.err"
-        with self.errors.open("wb") as errors:
-            self.process = subprocess.Popen(
-                command(repository, tmp_path, "--json"), stdout=subprocess.PIPE, stderr=errors, text=True
-            )
-        assert self.process.stdout is not None
-        lines = []
-        while not lines or lines[-1] != "}\n":
-            lines.append(self.process.stdout.readline())
-            assert lines[-1], f"serve ended: {self.errors.read_text()}"
-        self.printed: dict[str, Any] = json.loads("".join(lines))
-
-    def descendants(self) -> list[psutil.Process]:
-        return psutil.Process(self.process.pid).children(recursive=True)
-
-    def close(self) -> None:
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGINT)
-        self.process.wait(TIMEOUT_S)
-        assert self.process.stdout is not None
-        self.process.stdout.close()
-
-
 @pytest.fixture
-def serving(tmp_path: Path) -> Iterator[Serving]:
+def serving(tmp_path: Path) -> Iterator[Served]:
     add_model(tmp_path / "repository", "one", 1.0)
     add_model(tmp_path / "repository", "two", 2.0)
-    running = Serving(tmp_path / "repository", tmp_path)
+    running = Served(tmp_path / "repository", tmp_path)
     yield running
-    running.close()
+    running.stop()
 
 
 def ask(url: str, model: str) -> list[float]:
@@ -85,7 +49,7 @@ def ask(url: str, model: str) -> list[float]:
         return list(client.infer(model, [x]).as_numpy("y")[0])
 
 
-def test_serve_heals_its_arbiter_and_ctrl_c_leaves_nothing(serving: Serving, tmp_path: Path) -> None:
+def test_serve_heals_its_arbiter_and_ctrl_c_leaves_nothing(serving: Served, tmp_path: Path) -> None:
     printed = serving.printed
     assert printed["models"] == {"one": True, "two": True}
     url = printed["urls"]["grpc"]
@@ -94,7 +58,7 @@ def test_serve_heals_its_arbiter_and_ctrl_c_leaves_nothing(serving: Serving, tmp
     arbiter = next(each for each in serving.descendants() if "arbiter" in each.cmdline()[3:4])
     arbiter.kill()
     assert ask(url, "one") == [1.0] * 4, "requests go on without the arbiter"
-    wait_for(lambda: "starting it again" in serving.errors.read_text(), "the death is reported")
+    wait_for(lambda: "starting it again" in serving.said(), "the death is reported")
     again = ArbiterProcess(tmp_path / "arbiter.sock", tmp_path / "unused.log")
     wait_for(again.answers, "it answers again")
     assert ask(url, "two") == [2.0] * 4
@@ -112,7 +76,7 @@ def test_serve_heals_its_arbiter_and_ctrl_c_leaves_nothing(serving: Serving, tmp
             assert probe.connect_ex((host, int(port))) != 0
 
 
-def test_kill_9_of_serve_leaves_nothing_either(serving: Serving) -> None:
+def test_kill_9_of_serve_leaves_nothing_either(serving: Served) -> None:
     everything = serving.descendants()
     serving.process.kill()
     serving.process.wait()
@@ -120,12 +84,20 @@ def test_kill_9_of_serve_leaves_nothing_either(serving: Serving) -> None:
     wait_for(lambda: not list(Path("/dev/shm").glob(f"dstack_{serving.process.pid}_*")), "regions go")
 
 
-def test_the_end_of_triton_ends_serve_with_a_reason(serving: Serving) -> None:
+@pytest.mark.slow
+def test_a_triton_that_keeps_dying_ends_serve_with_a_reason(serving: Served) -> None:
     everything = serving.descendants()
-    os.kill(serving.printed["pid"], signal.SIGKILL)
-    assert serving.process.wait(TIMEOUT_S) == 2
-    assert "Triton ended with status 137" in serving.errors.read_text()
-    assert not [each for each in everything if each.is_running()]
+    while serving.process.poll() is None:
+        triton_process = serving.triton()
+        if triton_process is not None:
+            triton_process.kill()
+            everything += serving.descendants()
+        time.sleep(0.2)
+    assert serving.process.returncode == 2
+    said = serving.said()
+    assert said.count("Triton ended with status 137") >= 5
+    assert "restarts did not help" in said.splitlines()[-1]
+    wait_for(lambda: not [each for each in everything if each.is_running()], "all processes end")
 
 
 def test_a_model_that_does_not_load_is_named_and_the_others_are_served(tmp_path: Path) -> None:
@@ -133,13 +105,13 @@ def test_a_model_that_does_not_load_is_named_and_the_others_are_served(tmp_path:
     add_model(repository, "good", 1.0)
     add_model(repository, "bad", 1.0)
     (repository / "bad" / "1" / "model.onnx").write_bytes(b"\x08\x09 truncated")
-    running = Serving(repository, tmp_path)
+    running = Served(repository, tmp_path)
     try:
         assert running.printed["models"] == {"bad": False, "good": True}
-        assert "bad: not served: " in running.errors.read_text()
+        assert "bad: not served: " in running.said()
         assert ask(running.printed["urls"]["grpc"], "good") == [1.0] * 4
     finally:
-        running.close()
+        running.stop()
 
 
 def refusal(arguments: Sequence[str], **environ: str) -> str:
@@ -156,17 +128,17 @@ def test_bad_input_is_one_line_and_exit_2(tmp_path: Path) -> None:
     empty, missing, file = tmp_path / "empty", tmp_path / "missing", tmp_path / "file"
     empty.mkdir()
     file.touch()
-    assert f"model repository {missing}: no such directory" in refusal(command(missing, tmp_path))
-    assert f"model repository {empty}: empty" in refusal(command(empty, tmp_path))
-    assert f"model repository {file}: not a directory" in refusal(command(file, tmp_path))
+    assert f"model repository {missing}: no such directory" in refusal(serve_command(missing, tmp_path))
+    assert f"model repository {empty}: empty" in refusal(serve_command(empty, tmp_path))
+    assert f"model repository {file}: not a directory" in refusal(serve_command(file, tmp_path))
 
     repository = tmp_path / "repository"
     add_model(repository, "one", 1.0)
-    nothing = refusal(command(repository, tmp_path, "--tritonserver", str(tmp_path)))
+    nothing = refusal(serve_command(repository, tmp_path, "--tritonserver", str(tmp_path)))
     assert f"--tritonserver {tmp_path}: no Triton there" in nothing
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        said = refusal(command(repository, tmp_path, "--grpc-port", port))
+        said = refusal(serve_command(repository, tmp_path, "--grpc-port", port))
         assert f"port {port} (grpc) on 127.0.0.1 is taken" in said and "--grpc-port" in said
-    assert "state directory" in refusal(command(repository, tmp_path, "--state", str(file)))
+    assert "state directory" in refusal(serve_command(repository, tmp_path, "--state", str(file)))
     assert not (tmp_path / "arbiter.sock").exists()
