@@ -70,3 +70,7 @@ perf-h100-profiles: ## on a GPU host with torch: profile eight models -> perf/re
 .PHONY: perf-h100-dataplane
 perf-h100-dataplane: ## on a GPU host with torch: what is served against what the GPU can do -> perf/reports/h100/dataplane.json
 	$(PYTHON) perf/h100_dataplane.py
+
+.PHONY: perf-h100-compare
+perf-h100-compare: ## on a GPU host with torch: D-STACK against the alternatives -> perf/reports/h100/compare.json
+	$(PYTHON) perf/h100_compare.py --repeats 3 --curve

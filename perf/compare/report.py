@@ -88,7 +88,7 @@ def peaks_table(document: Mapping[str, Any]) -> list[str]:
 def at_peak_table(document: Mapping[str, Any]) -> list[str]:
     """What the GPU did at each peak."""
     lines = [
-        "| cell | alternative | peak/s | SM activity | occupancy | DRAM | W | mJ/inference | fairness | spread |",
+        "| cell | alternative | peak/s | SM activity | occupancy | DRAM | W | mJ each | fairness | spread |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for each in document["cells"]:
@@ -149,8 +149,8 @@ def write(document: Mapping[str, Any], directory: Path) -> Path:
         f"Made by `{document['command']}` at commit {document['commit']}, {document['date']}.",
         "Raw figures: compare.json.",
         "",
-        "Peak: largest total rate at which every model keeps 99% of its requests within its SLO, at the client.",
-        "SLO: the cell's factor times the latency at the client of a lone batch-1 request.",
+        "Peak: largest total rate at which every model keeps 99% of its requests within its SLO.",
+        "SLO: at the client; the cell's factor times the latency of a lone batch-1 request.",
         "",
         *peaks_table(document),
         "",
