@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from tritonclient.grpc import model_config_pb2
 from dstack_sched.errors import InputError
 
 DEFAULT_FILE = "model.onnx"
+ONNX_BACKENDS = ("", "dstack", "onnxruntime", "onnxruntime_onnx")
 
 
 @dataclass(frozen=True)
@@ -25,14 +26,15 @@ class ModelFile:
     max_batch_size: int | None = None
 
 
-def find_models(targets: Iterable[Path], only: Sequence[str] = ()) -> list[ModelFile]:
+def find_models(targets: Sequence[Path], only: Sequence[str] = ()) -> list[ModelFile]:
     """The models that the targets name, in order, each name once. only: keep these names.
 
+    Of a repository, models of other backends (ensembles, Python models) are none of ours and left out.
     Errors: InputError for a target that is none of the three, a broken config, or two models of one name.
     """
     found: dict[str, ModelFile] = {}
     for target in targets:
-        for model in _models_at(target):
+        for model in _models_at(target, only):
             if model.name in found and found[model.name].path.resolve() != model.path.resolve():
                 raise InputError(
                     f"{model.path}: there is another model named {model.name}; profile one at a time"
@@ -40,11 +42,12 @@ def find_models(targets: Iterable[Path], only: Sequence[str] = ()) -> list[Model
             found[model.name] = model
     for name in only:
         if name not in found:
-            raise InputError(f"no model named {name!r} there; the models are {', '.join(found)}")
+            there = [each for target in targets for each in _names_at(target)]
+            raise InputError(f"no model named {name!r} there; the models are {', '.join(there)}")
     return [model for name, model in found.items() if not only or name in only]
 
 
-def _models_at(target: Path) -> list[ModelFile]:
+def _models_at(target: Path, only: Sequence[str]) -> list[ModelFile]:
     if target.is_file():
         name = (
             target.parent.parent.name if target.name == DEFAULT_FILE and target.parent.name.isdigit() else ""
@@ -54,14 +57,27 @@ def _models_at(target: Path) -> list[ModelFile]:
         raise InputError(f"{target}: no such file or directory; name an ONNX file, a model or a repository")
     if _is_model(target):
         return [_model_in(target)]
+    folders = _folders_in(target)
     models = [
-        _model_in(folder) for folder in sorted(target.iterdir()) if folder.is_dir() and _is_model(folder)
+        _model_in(folder)
+        for folder in folders
+        if (folder.name in only if only else _is_onnx(_stated(folder)))
     ]
-    if not models:
+    if not models and not (only and folders):
         raise InputError(
             f"{target}: holds no model (NAME/1/{DEFAULT_FILE}); name an ONNX file, a model or a repository"
         )
     return models
+
+
+def _folders_in(repository: Path) -> list[Path]:
+    return [folder for folder in sorted(repository.iterdir()) if folder.is_dir() and _is_model(folder)]
+
+
+def _names_at(target: Path) -> list[str]:
+    if target.is_dir() and not _is_model(target):
+        return [folder.name for folder in _folders_in(target)]
+    return [model.name for model in _models_at(target, ())]
 
 
 def _is_model(folder: Path) -> bool:
@@ -74,13 +90,24 @@ def _version(folder: Path) -> Path | None:
     return max(versions, key=lambda path: int(path.name), default=None)
 
 
-def _model_in(folder: Path) -> ModelFile:
+def _stated(folder: Path) -> model_config_pb2.ModelConfig:
+    """What the config of a model states; nothing where there is none. Bytes that are no UTF-8 are replaced."""
     config, stated = folder / "config.pbtxt", model_config_pb2.ModelConfig()
     if config.is_file():
         try:
-            text_format.Parse(config.read_text(encoding="utf-8"), stated, allow_unknown_field=True)
-        except (text_format.ParseError, UnicodeDecodeError) as error:
+            text = config.read_text(encoding="utf-8", errors="replace")
+            text_format.Parse(text, stated, allow_unknown_field=True)
+        except text_format.ParseError as error:
             raise InputError(f"{config}: is not a model config ({error})") from None
+    return stated
+
+
+def _is_onnx(stated: model_config_pb2.ModelConfig) -> bool:
+    return (stated.backend or stated.platform) in ONNX_BACKENDS
+
+
+def _model_in(folder: Path) -> ModelFile:
+    stated = _stated(folder)
     version = _version(folder)
     if version is None:
         raise InputError(f"{folder}: has no version directory; put the model into {folder}/1/{DEFAULT_FILE}")

@@ -24,11 +24,11 @@ class DiskModelLook:
         folder = self._repository.model_dir(model)
         text = self._repository.read_config(model)
         stated = model_config_pb2.ModelConfig()
+        # Bytes that are not UTF-8 do no harm in comments, and elsewhere name nothing that is there.
+        readable = (text or "").encode("utf-8", "surrogateescape").decode("utf-8", "replace")
         try:
-            text_format.Parse(
-                (text or "").encode("utf-8", "surrogateescape"), stated, allow_unknown_field=True
-            )
-        except (text_format.ParseError, UnicodeDecodeError) as error:
+            text_format.Parse(readable, stated, allow_unknown_field=True)
+        except text_format.ParseError as error:
             where = self._repository.config_path(model)
             raise InputError(f"{where}: is not a model config ({' '.join(str(error).split())})") from None
         folders = sorted(path for path in folder.iterdir() if path.is_dir())

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import socket
+from itertools import pairwise
 from pathlib import Path
 
 import psutil
 
 SERVER_NAME = "tritonserver"
+MPS_SERVER_NAME = "nvidia-cuda-mps"  # the kernel cuts names after 15 characters
 STUB_NAME = "triton_python_backend_stub"
 
 
@@ -54,6 +56,19 @@ class LocalStubProcesses:
             return []
         return [each for each in children if _is_stub(each)]
 
+    def server_pid(self) -> int | None:
+        """The server's own process; None where it cannot be seen."""
+        server = self._find_server()
+        return server.pid if server else None
+
+    def server_environment(self) -> dict[str, str]:
+        """What the server was started with; {} where that cannot be seen."""
+        server = self._find_server()
+        try:
+            return dict(server.environ()) if server else {}
+        except psutil.Error:
+            return {}
+
     def repositories(self) -> tuple[Path, ...]:
         """The model repositories on its command line; empty where it cannot be seen."""
         named = self.options("--model-repository", "--model-store")
@@ -71,7 +86,7 @@ class LocalStubProcesses:
         except psutil.Error:
             argv = []
         found = []
-        for word, following in zip(argv, [*argv[1:], ""], strict=True):
+        for word, following in pairwise([*argv, ""]):
             option, equals, value = word.partition("=")
             if option in names:
                 found.append(value if equals else following)
@@ -95,6 +110,19 @@ class LocalStubProcesses:
         if self._server is None:
             self._blind = f"no process of this host that we may look at listens at {self._url}"
         return self._server
+
+
+def all_triton_pids() -> frozenset[int]:
+    """Processes of every Triton of this host that we may look at, and MPS servers."""
+    found: set[int] = set()
+    for each in psutil.process_iter(["name"]):
+        name = each.info["name"] or ""
+        if name.startswith(MPS_SERVER_NAME):
+            found.add(each.pid)
+        elif name.startswith(SERVER_NAME):
+            with contextlib.suppress(psutil.Error):
+                found |= {each.pid, *(child.pid for child in each.children())}
+    return frozenset(found)
 
 
 def _is_stub(process: psutil.Process) -> bool:

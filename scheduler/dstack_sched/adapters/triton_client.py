@@ -62,13 +62,17 @@ class TritonClient:
         self._client.close()
 
     def require_ready(self) -> None:
-        """Errors: MachineError when no Triton answers there, it refuses us, or it is not ready."""
+        """Errors: MachineError when no Triton answers there, or it refuses us.
+
+        Live is enough: one model that failed to load makes Triton say that it is not ready as a whole, and
+        mending that takes a controller.
+        """
         try:
-            ready = self._client.is_server_ready(headers=self._headers, client_timeout=CALL_TIMEOUT_S)
+            live = self._client.is_server_live(headers=self._headers, client_timeout=CALL_TIMEOUT_S)
         except InferenceServerException as error:
             raise MachineError(_why_not_ready(error, self.options)) from error
-        if not ready:
-            raise MachineError(f"Triton at {self.url} answers but is not ready; wait, or look at its log")
+        if not live:
+            raise MachineError(f"Triton at {self.url} answers but is not live; look at its log")
 
     def is_ready(self) -> bool:
         """Whether the server answers and is ready; never raises."""

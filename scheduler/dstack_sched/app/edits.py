@@ -117,12 +117,11 @@ class ConfigEdits:
         return self._server
 
     def _follow(self, edit: ConfigEdit) -> frozenset[int] | None:
-        """The server does what an edit asks of it. The old version's stubs, None where they are not seen."""
+        """The server does what an edit asks of it. Stubs to wait for; None where none can be seen."""
         if edit.then == "load":
             return self._load(edit.model)
-        old_stubs = self._stubs.pids(edit.model)
         self._asked().unload(edit.model)
-        return old_stubs
+        return None
 
     def _load(self, model: str) -> frozenset[int] | None:
         """Load and wait until ready. The old version's stubs, None where they cannot be seen."""

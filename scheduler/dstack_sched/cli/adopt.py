@@ -27,7 +27,7 @@ from dstack_sched.cli.common import (
 )
 from dstack_sched.cli.deployment import locked_edits
 from dstack_sched.domain.adoption import Verdict
-from dstack_sched.errors import InfeasibleError, InputError
+from dstack_sched.errors import InfeasibleError, InputError, PlanRefusedError
 
 RepositoryArgument = Annotated[Path, typer.Argument(metavar="REPO", help="Model repository.")]
 ModelsOption = Annotated[
@@ -85,7 +85,7 @@ def adopt(
         load = site.server is not None and not no_load
         try:
             done = adoption.adopt(verdicts, edits, site.states, load=load)
-        except InputError as error:
+        except PlanRefusedError as error:
             raise with_mend(error) from error
     show(repo, verdicts, done, advice(site, load), json_output)
     if not any(each.decision in ("adopt", "already") for each in verdicts):
@@ -106,11 +106,11 @@ def refuse_named(verdicts: Iterable[Verdict], named: Sequence[str] | None) -> No
             raise InfeasibleError(f"{each.model} cannot be adopted: {each.why}")
 
 
-def with_mend(error: InputError) -> InputError:
-    """The error, with what to do where Triton lacks our backend."""
-    if "backend library for backend 'dstack'" not in str(error):
-        return error
-    return InputError(f"{error}; `dstackctl backend install DIR` puts it into Triton's backends")
+def with_mend(error: PlanRefusedError) -> InputError:
+    """The error, with what to do about it."""
+    if "backend library for backend 'dstack'" in str(error):
+        return InputError(f"{error}; `dstackctl backend install DIR` puts it into Triton's backends")
+    return InputError(f"{error}; mend {error.model}, or name the others with --model")
 
 
 def advice(site: Attached, load: bool) -> str:

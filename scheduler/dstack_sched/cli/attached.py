@@ -45,7 +45,7 @@ def attached(connection: ConnectionOptions | None, repository: Path) -> Iterator
         connection = ConnectionOptions(DEFAULT_GRPC_URL)
     if connection is None:
         yield Attached(
-            None, None, f"no Triton is attached: load the models, or `dstackctl serve {repository}`"
+            None, None, f"no Triton was told: load the models in yours, or `dstackctl serve {repository}`"
         )
         return
     with TritonClient(connection) as server:
@@ -64,15 +64,20 @@ def serves(url: str, repository: Path) -> bool:
 
 def _advice(url: str) -> str:
     processes = LocalStubProcesses(url)
-    seconds = next(iter(processes.options("--repository-poll-secs")), "15")
+    seconds = last(processes.options("--repository-poll-secs"), "15")
     polls = f"Triton at {url} polls its repository and takes the configs by itself"
     starts = (
         f"Triton at {url} reads its repository at its start only: restart it, best with "
         "--model-control-mode=explicit"
     )
-    mode = next(iter(processes.options("--model-control-mode")), "")
+    mode = last(processes.options("--model-control-mode"), "")
     if mode == "poll":
         return f"{polls}, within {seconds} s each; dstackctl status shows it"
     if mode or processes.repositories():
         return starts
     return f"{polls} in POLL mode; in NONE mode restart it, best with --model-control-mode=explicit"
+
+
+def last(values: tuple[str, ...], default: str) -> str:
+    """Of an option that is given twice, Triton takes the last."""
+    return values[-1] if values else default
