@@ -225,17 +225,25 @@ def test_what_another_mended_meanwhile_is_not_mended_again(site: Site) -> None:
     assert site.log.story("beta") == ["fault", "healed"]
 
 
-def test_a_read_only_repository_is_said_and_not_hammered(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_in_a_read_only_repository_the_model_is_unloaded_first(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(*args: object, **kwargs: object) -> None:
         raise OSError(30, "Read-only file system")
 
     monkeypatch.setattr("os.utime", refuse)
     site.server.kill_stub("beta")
-    site.look(600, every_s=1.0)
-    assert site.server.loads == []
-    last = site.log.entries[-1]
-    assert last["what"] == "given up" and "Read-only file system" in last["reason"]
-    assert "mount it read-write" in last["reason"]
+    site.look(2)
+    assert site.log.story("beta") == ["fault", "mended", "healed"]
+    assert "Read-only file system" in site.log.entries[1]["reason"]
+
+    site.server.fails = lambda model, parameters: "no memory" if model == "beta" else ""
+    site.server.kill_stub("beta")
+    site.look(8)
+    assert "beta" in site.server.by_hand, "it is unloaded, by us"
+    site.server.fails = lambda model, parameters: ""
+    site.look(60)
+    assert site.server.pids("beta"), "and we do not take our own unloading for somebody's wish"
 
 
 def test_wall_clock_jumps_change_nothing(site: Site) -> None:

@@ -48,8 +48,7 @@ class StubGuard:
                 yield Fault(self.kind, model, now_us, missing)
 
     def mend(self, fault: Fault) -> str:
-        self._reviver.restart(fault.subject)
-        return "loaded again, with new stub processes"
+        return self._reviver.restart(fault.subject)
 
     def _missing(self, model: str, served: ServedModel, now_us: int) -> str:
         """What is gone, "" where nothing is. As long as those seen last live, nobody else is asked."""
@@ -92,7 +91,7 @@ class LoadedGuard:
         for model, now in index.items():
             if now.state == READY and (self._models is None or model in self._models):
                 self._served.add(model)
-            elif now.reason == UNLOADED_BY_HAND:
+            elif now.reason == UNLOADED_BY_HAND and model not in self._reviver.half_done:
                 self._served.discard(model)
         self._served &= index.keys()
         for model in sorted(self._served):
