@@ -37,9 +37,10 @@ doctor: setup ## check every needed part of this machine
 test: setup models ## pass the tests (those of a GPU and the long studies apart)
 	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not gpu and not slow"
 
+# A GPU host without network has all that is needed in its own Python: PYTHON_OF_GPU=python3 make test-gpu
 .PHONY: test-gpu
-test-gpu: setup models ## the tests that need an NVIDIA GPU
-	$(BIN)/python -m pytest -q -m "gpu and not slow"
+test-gpu: $(if $(PYTHON_OF_GPU),,setup) ## the tests that need an NVIDIA GPU
+	$(or $(PYTHON_OF_GPU),$(BIN)/python) -m pytest -q -m "gpu and not slow" tests/gpu
 
 .PHONY: lint
 lint: setup ## ruff and the import rules

@@ -58,19 +58,23 @@ def test_serve_brings_mps_and_takes_it_away(environ: dict[str, str], tmp_path: P
         [*command, str(tmp_path / "repository"), *ports, "--json", "--state", str(tmp_path / "state")],
         stdout=subprocess.PIPE, text=True, env=environ,
     )  # fmt: skip
-    assert serve.stdout is not None
-    with serve.stdout:
-        lines = []
-        while not lines or lines[-1] != "}\n":
-            lines.append(serve.stdout.readline())
-            assert lines[-1], "serve ended"
+    try:
+        assert serve.stdout is not None
+        with serve.stdout:
+            lines = []
+            while not lines or lines[-1] != "}\n":
+                lines.append(serve.stdout.readline())
+                assert lines[-1], "serve ended"
         assert mps_processes() > before
         x = triton.InferInput("x", [1, 4], "FP32")
         x.set_data_from_numpy(np.zeros((1, 4), np.float32))
         with triton.InferenceServerClient(json.loads("".join(lines))["urls"]["grpc"]) as client:
-            assert list(client.infer("one", [x]).as_numpy("y")[0]) == [1.0] * 4
+            assert list(client.infer("one", [x], client_timeout=30).as_numpy("y")[0]) == [1.0] * 4
         serve.send_signal(signal.SIGINT)
         assert serve.wait(60) == 0
+    finally:
+        serve.kill()
+        serve.wait()
     assert mps_processes() == before
 
 

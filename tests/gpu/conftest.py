@@ -1,0 +1,64 @@
+"""For tests on a GPU: an environment that no test spoils for the next, failures that explain themselves."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+TAIL_LINES = 60
+QUERY = "name,driver_version,memory.used,memory.total,compute_mode"
+# What the runtime sets for its own process, and must not reach the next test's servers.
+OF_A_PROCESS = ("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE", "CUDA_MPS_PINNED_DEVICE_MEM_LIMIT")
+
+
+@pytest.fixture(autouse=True)
+def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The environment as it was, and a cache of optimised models that is nobody else's."""
+    before = dict(os.environ)
+    os.environ["DSTACK_CACHE_DIR"] = str(tmp_path_factory.getbasetemp() / "cache")
+    for name in OF_A_PROCESS:
+        os.environ.pop(name, None)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """Beside a failure: the state of the GPU and the ends of the logs below the test's directory."""
+    outcome = yield
+    report = outcome.get_result()
+    folder = getattr(item, "funcargs", {}).get("tmp_path")
+    if not report.failed or folder is None:
+        return
+    report.sections.append(("nvidia-smi", gpu_state()))
+    for path in sorted([*folder.glob("**/*.log"), *folder.glob("**/*.err")]):
+        lines = path.read_text(errors="replace").splitlines()[-TAIL_LINES:]
+        report.sections.append((str(path.relative_to(folder)), "\n".join(line[:300] for line in lines)))
+
+
+def pytest_report_header() -> str:
+    return f"GPU: {gpu_state()}"
+
+
+def gpu_state() -> str:
+    """One line of nvidia-smi, or why there is none."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return "none (no nvidia-smi)"
+    asked = subprocess.run(
+        [program, f"--query-gpu={QUERY}", "--format=csv,noheader"], capture_output=True, text=True, timeout=20
+    )
+    return " ".join((asked.stdout or asked.stderr).split())
+
+
+@pytest.fixture
+def folder_of_logs(tmp_path: Path) -> Path:
+    """Where a test's servers write logs that are shown when it fails."""
+    (tmp_path / "logs").mkdir()
+    return tmp_path / "logs"
