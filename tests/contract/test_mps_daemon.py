@@ -20,7 +20,7 @@ from dstack_sched.adapters.mps_console import PIPE_VARIABLE, MpsConsole
 from dstack_sched.cli import app, register
 from dstack_sched.domain.mps import MpsClient, MpsServer, clients_by_gpu
 from dstack_sched.errors import DstackError, InputError, MachineError
-from fakes.gpus import write_host
+from fakes.gpus import use_fake_nvml, write_host
 from fakes.mps_control import install_control, set_servers
 
 A, B = "GPU-aaaa-1", "GPU-bbbb-2"
@@ -168,11 +168,7 @@ class Shell:
         self.state = tmp_path / "state"
         for key, value in install_control(tmp_path / "bin", **how).items():
             monkeypatch.setenv(key, value)
-        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-        fake = Path(__file__).parents[1] / "fakes" / "nvml"
-        monkeypatch.syspath_prepend(str(fake))
-        monkeypatch.delitem(sys.modules, "pynvml", raising=False)
-        monkeypatch.setenv("FAKE_NVML", str(write_host(tmp_path / "host.json", [{"uuid": A}, {"uuid": B}])))
+        use_fake_nvml(monkeypatch, write_host(tmp_path / "host.json", [{"uuid": A}, {"uuid": B}]))
         register(["mps"])
 
     def __call__(self, *words: str) -> Result:
@@ -195,7 +191,6 @@ def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Shell]:
     console = find_daemon(os.environ)
     if console is not None:
         console.quit(1.0)
-    sys.modules.pop("pynvml", None)
 
 
 def test_start_status_stop_by_hand(shell: Shell) -> None:
@@ -253,7 +248,6 @@ def test_a_background_daemon_that_does_not_start_is_one_clear_line(
     answer = shell("start")
     assert isinstance(answer.exception, MachineError)
     assert "did not start: Cannot start: no device; see " in str(answer.exception)
-    sys.modules.pop("pynvml", None)
 
 
 def test_percentages_are_measured_once_a_gpu_and_driver(

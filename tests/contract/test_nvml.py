@@ -2,32 +2,22 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
 from dstack_sched.adapters.nvml import NvmlInventory
 from dstack_sched.domain.gpu import GpuProcess
 from dstack_sched.errors import MachineError
-from fakes.gpus import GIB, write_host
+from fakes.gpus import GIB, use_fake_nvml, write_host
 
-FAKE = Path(__file__).parents[1] / "fakes" / "nvml" / "pynvml.py"
 A, B, C = "GPU-aaaa-1", "GPU-bbbb-2", "GPU-cccc-3"
 
 
 @pytest.fixture
-def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    spec = importlib.util.spec_from_file_location("pynvml", FAKE)
-    assert spec is not None and spec.loader is not None
-    module: ModuleType = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    monkeypatch.setitem(sys.modules, "pynvml", module)
-    monkeypatch.setenv("FAKE_NVML", str(tmp_path / "host.json"))
-    yield write_host(tmp_path / "host.json", [{"uuid": A}, {"uuid": B}])
+def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    use_fake_nvml(monkeypatch, tmp_path / "host.json")
+    return write_host(tmp_path / "host.json", [{"uuid": A}, {"uuid": B}])
 
 
 def seen(environ: dict[str, str]) -> list[str]:

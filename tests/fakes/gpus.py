@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from dstack_sched.domain.gpu import GpuReading
 
 H100 = "NVIDIA H100 80GB HBM3"
 GIB = 1 << 30
+NVML_DIR = Path(__file__).parent / "nvml"  # first on PYTHONPATH, for programs under test
 
 
 class FakeInventory:
@@ -32,6 +37,17 @@ class FakeInventory:
 
     def close(self) -> None:
         pass
+
+
+def use_fake_nvml(monkeypatch: pytest.MonkeyPatch, host: Path) -> None:
+    """fakes/nvml in place of nvidia-ml-py, in this process; `host` is a file of write_host."""
+    spec = importlib.util.spec_from_file_location("pynvml", NVML_DIR / "pynvml.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setitem(sys.modules, "pynvml", module)
+    monkeypatch.setenv("FAKE_NVML", str(host))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
 
 def write_host(path: Path, gpus: Sequence[dict[str, Any]], **more: Any) -> Path:

@@ -7,7 +7,7 @@ from dstack_sched.domain.mps import MpsClient, MpsServer
 
 
 class World:
-    """MpsControl and StubProcesses: processes by id, servers as they tell themselves."""
+    """StubProcesses and an MPS daemon: processes by id, servers as they tell themselves."""
 
     def __init__(self) -> None:
         self.processes = {501, 11, 12, 13, 99}  # a server, three stubs of ours, a client of somebody else
@@ -15,7 +15,7 @@ class World:
         self.told: tuple[MpsServer, ...] | None = (server(501, 11, 12, 99),)
         self.asked = 0
         self.now_us = 0
-        self.guard = MpsGuard(self, self)  # type: ignore[arg-type]
+        self.guard = MpsGuard(self.servers, self)  # type: ignore[arg-type]
 
     def servers(self) -> tuple[MpsServer, ...] | None:
         self.asked += 1

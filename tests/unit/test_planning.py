@@ -244,7 +244,8 @@ def files(tmp_path):
 
 def _run(*arguments: object):
     register(["plan"])
-    return CliRunner().invoke(app, ["plan", *map(str, arguments)])
+    counted = () if "--minimize" in arguments else ("--gpus", 1)  # else it would look at this machine's
+    return CliRunner().invoke(app, ["plan", *map(str, (*arguments, *counted))])
 
 
 def test_the_verb_prints_json_and_writes_the_plan(files):

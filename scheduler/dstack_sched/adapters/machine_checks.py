@@ -15,6 +15,7 @@ from dstack_backend import numpy_bridge
 from dstack_backend.endpoint import socket_path
 from dstack_sched.adapters.mps import GPU_DEVICE, MpsDaemon
 from dstack_sched.adapters.mps_console import CONTROL
+from dstack_sched.adapters.nvml import NvmlInventory
 from dstack_sched.adapters.perf_analyzer import find_perf_analyzer
 from dstack_sched.adapters.ports_free import choose_ports
 from dstack_sched.adapters.server_install import (
@@ -26,6 +27,7 @@ from dstack_sched.adapters.server_install import (
     find_stub,
     server_environment,
 )
+from dstack_sched.domain.gpu import GpuReading
 from dstack_sched.errors import DstackError, MachineError
 
 USUAL_PORTS = {"http": 8000, "grpc": 8001, "metrics": 8002}
@@ -168,25 +170,25 @@ def gpu_checks() -> list[Check]:
 
 
 def describe_gpus() -> str:
-    """Name, memory, driver of every GPU, through NVML."""
-    import pynvml  # only where there is a GPU
-
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError as error:
-        raise MachineError(f"NVML: {error}; install the NVIDIA driver's libraries") from error
-    try:
-        driver = pynvml.nvmlSystemGetDriverVersion()
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
-        names = [
-            f"{pynvml.nvmlDeviceGetName(each)} {pynvml.nvmlDeviceGetMemoryInfo(each).total >> 30} GiB"
-            for each in handles
-        ]
-    finally:
-        pynvml.nvmlShutdown()
-    if not names:
+    """Name, memory, what others hold of it, and driver of every GPU. Errors: MachineError."""
+    gpus = NvmlInventory().read()
+    if not gpus:
         raise MachineError("the driver shows no GPU; give this container one (docker run --gpus all)")
-    return f"{', '.join(names)}, driver {driver}"
+    broken = [gpu for gpu in gpus if gpu.lost or gpu.reset_pending]
+    if len(broken) == len(gpus):
+        raise MachineError(
+            f"GPU {broken[0].index}: {_ails(broken[0])}; reset it (nvidia-smi -r) or restart the host"
+        )
+    said = [
+        f"{gpu.index}: {gpu.name} {gpu.memory_bytes >> 30} GiB, "
+        + (_ails(gpu) if gpu in broken else f"{gpu.used_bytes / 2**30:.1f} in use")
+        for gpu in gpus
+    ]
+    return f"{'; '.join(said)}; driver {next(gpu.driver for gpu in gpus if gpu not in broken)}"
+
+
+def _ails(gpu: GpuReading) -> str:
+    return gpu.lost or "memory errors, needs a reset"
 
 
 def describe_mps() -> str:

@@ -9,11 +9,12 @@ the models again is the stub guard's work; starting our own daemon again is the 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from dstack_sched.domain.fault import Fault, FaultKind
-from dstack_sched.domain.mps import FAULT
-from dstack_sched.ports import MpsControl, StubProcesses
+from dstack_sched.domain.mps import FAULT, MpsServer
+from dstack_sched.ports import StubProcesses
 
 GRACE_S = 2.0
 FAULT_GRACE_S = 5.0  # clients that are not stopped by the fault may finish what they run
@@ -33,9 +34,12 @@ class Seen:
 
 @dataclass(slots=True)
 class MpsGuard:
-    """health.Guard over the daemon in use. Says nothing before a daemon has answered once."""
+    """health.Guard over the daemon in use. Says nothing before a daemon has answered once.
 
-    mps: MpsControl
+    servers: those of the daemon, None when it does not answer.
+    """
+
+    servers: Callable[[], tuple[MpsServer, ...] | None]
     stubs: StubProcesses
     kind: FaultKind = FaultKind.MPS_DEAD
     _servers: dict[int, Seen] = field(default_factory=dict)
@@ -73,7 +77,7 @@ class MpsGuard:
         return f"ended {len(self._hung)} backends that hung without their MPS server"
 
     def _ask(self, now_us: int) -> None:
-        servers = self.mps.servers()
+        servers = self.servers()
         if servers is None:
             if self._answered and not self._away_since_us:
                 self._away_since_us = now_us

@@ -31,6 +31,7 @@ VERBS = (
     "bench",
     "demo",
     "doctor",
+    "gpus",
     "mps",
     "plan",
     "profile",

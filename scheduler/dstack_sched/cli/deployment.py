@@ -103,6 +103,12 @@ class Deployment:
     def stated(self, plan: Plan) -> Plan:
         return stated_plan(self.repository, plan)
 
+    def placement(self, models: Iterable[str]) -> dict[str, frozenset[int]]:
+        """Model -> the GPUs that its config names; {} of those that leave it to Triton."""
+        present = self.repository.models()
+        groups = {name: self.repository.config(name).instance_groups for name in models if name in present}
+        return {name: frozenset(gpu for each in found for gpu in each.gpus) for name, found in groups.items()}
+
     def stated_shares(self, models: Iterable[str]) -> dict[str, float]:
         """Model -> the GPU% that its config states; those whose config does not are left out."""
         present = self.repository.models()

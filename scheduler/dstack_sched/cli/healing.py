@@ -14,8 +14,11 @@ from dstack_sched.adapters.repository import DiskRepository
 from dstack_sched.adapters.stub_processes import LocalStubProcesses
 from dstack_sched.adapters.triton_client import TritonClient
 from dstack_sched.app.arbiter_plans import ArbiterPlans
+from dstack_sched.app.gpus import GpuGuard
 from dstack_sched.app.guards import ArbiterGuard, ArbiterPlanGuard, LoadedGuard, ServerGuard, StubGuard
 from dstack_sched.app.health import Guard, Health, HealthSettings
+from dstack_sched.app.host_view import HostView
+from dstack_sched.app.mps_guard import MpsGuard
 from dstack_sched.app.revive import Reviver
 from dstack_sched.app.telemetry import HealthTelemetry
 from dstack_sched.cli.common import say
@@ -35,11 +38,23 @@ def model_guards(
     return [StubGuard(server, stubs, reviver, models), LoadedGuard(server, reviver, models)]
 
 
+def host_guards(view: HostView | None, url: str) -> list[Guard]:
+    """For the GPUs and the MPS daemon of the Triton at `url`; none where there are no GPUs to be seen."""
+    if view is None:
+        return []
+    return [GpuGuard(view.watch), MpsGuard(view.servers, LocalStubProcesses(url))]
+
+
 def controller_guards(
-    server: TritonClient, repository: DiskRepository, models: Collection[str], plans: ArbiterPlans
+    server: TritonClient,
+    repository: DiskRepository,
+    models: Collection[str],
+    plans: ArbiterPlans,
+    view: HostView | None = None,
 ) -> list[Guard]:
     """For `run`: the server and the arbiter may be another's, and come and go."""
     return [
+        *host_guards(view, server.url),
         ServerGuard(server, "triton"),
         *model_guards(server, repository, models),
         ArbiterGuard(plans.arbiter),
@@ -59,12 +74,11 @@ def make_health(
     return Health(
         guards,
         SystemClock(),
-        FileDecisionLog(state),
+        FileDecisionLog(state, say),
         telemetry,
         settings=settings,
         alone=lambda: FileEditJournal(state, repository.root).lock,
         each=pool.map,
-        say=say,
     )
 
 

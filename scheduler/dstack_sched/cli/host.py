@@ -21,6 +21,7 @@ from dstack_sched.adapters.triton_process import TritonProcess, find_server
 from dstack_sched.app.backoff import BackoffSettings
 from dstack_sched.app.supervise import A_FEW_TIMES, ALWAYS, Service, Supervisor
 from dstack_sched.cli.common import say
+from dstack_sched.cli.host_gpus import triton_gpu_environment
 from dstack_sched.errors import ServerError
 
 LOG_LIMIT_BYTES = 10 << 20
@@ -104,7 +105,12 @@ class Host:
             grpc_port=options.grpc_port,
             metrics_port=options.metrics_port,
             log_path=self._logs["triton"],
-            env={**options.env, **mps_environment, SOCKET_VARIABLE: str(self.socket)},
+            env={
+                **triton_gpu_environment(),
+                **options.env,
+                **mps_environment,
+                SOCKET_VARIABLE: str(self.socket),
+            },
         )
 
     def load_models(self) -> dict[str, str | None]:

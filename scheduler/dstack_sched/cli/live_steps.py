@@ -12,6 +12,7 @@ from dstack_sched.adapters.model_files import find_models
 from dstack_sched.adapters.profile_store import FileProfileStore
 from dstack_sched.adapters.triton_metrics import TritonMetrics
 from dstack_sched.app.changes import Reach
+from dstack_sched.app.host_view import HostView
 from dstack_sched.app.planning import PlanOptions, make_plan
 from dstack_sched.app.profiling import ProfilingOptions
 from dstack_sched.cli.common import say, state_dir
@@ -71,7 +72,9 @@ class LiveSteps:
         planning: PlanOptions,
         provider: str = "auto",
         health: Callable[[], object] = lambda: None,
+        host: HostView | None = None,
     ) -> None:
+        """host: the GPUs to plan with; None: as many as `planning` says."""
         self._deployment = deployment
         self._profiling = profiling
         self._planning = planning
@@ -79,6 +82,7 @@ class LiveSteps:
         self._corrections = FileCorrectionStore(deployment.state)
         self.wanted = wanted
         self._health = health
+        self._host = host
 
     def profile(self, models: Iterable[str]) -> ProfileSet:
         """Stored points are reused. Requests that are served meanwhile disturb the measurement."""
@@ -86,14 +90,20 @@ class LiveSteps:
         found = find_models([deployment.repository.root], list(models))
         store = FileProfileStore(deployment.state / "profiles")
         logs = state_dir(deployment.state / "logs")
-        with probe_settings(self._provider, 0, logs / "mps.log") as settings:
+        usable = self._host.host().usable if self._host else ()
+        device = min((gpu.index for gpu in usable), default=0)
+        with probe_settings(self._provider, device, logs / "mps.log") as settings:
             results = measure_models(found, store, settings, self._profiling, {})
             return finish(found, results, store, settings, {}, corun=False)
 
     def plan(
         self, profiles: ProfileSet, workload: Workload, held: Mapping[str, float], *, lenient: bool
     ) -> Plan:
-        return make_plan(profiles, workload, replace(self._planning, shares=held, lenient=lenient))
+        planning = replace(self._planning, shares=held, lenient=lenient)
+        if self._host is not None:
+            where = self._deployment.placement(model.name for model in workload.models)
+            planning = replace(planning, host=self._host.host(), current=where)
+        return make_plan(profiles, workload, planning)
 
     def reach(self) -> Reach:
         return self._deployment.reach()
@@ -108,13 +118,17 @@ class LiveSteps:
         return self._deployment.tell(plan, profiles, workload)
 
     def apply(self, plan: Plan, reach: Reach) -> ApplyReport:
-        return self._deployment.rewrite(plan, reach)
+        notes = self._host.check_clients(plan) if self._host else ()
+        report = self._deployment.rewrite(plan, reach)
+        if self._host is not None:
+            self._host.put_in_force()
+        return replace(report, notes=(*report.notes, *notes))
 
     def check_health(self) -> None:
         self._health()
 
     def urgent(self) -> str | None:
-        return None
+        return self._host.urgent() if self._host else None
 
     def corrections(self, profiles: ProfileSet) -> dict[str, Correction]:
         known = self._corrections.read(profiles.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -12,10 +13,14 @@ from dstack_sched.adapters.plan_files import plan_json, write_plan
 from dstack_sched.adapters.profile_files import read_profiles
 from dstack_sched.app.planning import PlanOptions, explain_plan, make_plan
 from dstack_sched.cli import app
-from dstack_sched.cli.common import JsonOption, print_json, print_table, say
+from dstack_sched.cli.common import JsonOption, StateOption, print_json, print_table, say
+from dstack_sched.cli.host_gpus import ExcludeGpuOption, gpus_here
 from dstack_sched.config import read_workload
+from dstack_sched.domain.gpu import HostGpus
 from dstack_sched.domain.plan import Plan
-from dstack_sched.errors import InfeasibleError
+from dstack_sched.domain.profile import Device
+from dstack_sched.errors import InfeasibleError, InputError
+from dstack_sched.policy.runnable import CPU_DRIVER
 
 MOST_GPUS = 64
 
@@ -37,6 +42,7 @@ class Maximize(str, Enum):
 def plan(
     profiles: Annotated[Path, typer.Option("--profiles", metavar="FILE", help="A profiles.json.")],
     workload: Annotated[Path, typer.Option("--workload", metavar="FILE", help="A workload.yaml.")],
+    state: StateOption,
     json_output: JsonOption = False,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="FILE", help="Also write the plan there, atomically.")
@@ -50,7 +56,7 @@ def plan(
         typer.Option(
             "--gpus",
             metavar="N",
-            show_default="1; with --minimize gpus: 64",
+            show_default="those of this host, if they are of the profiled kind; else 1",
             help="GPUs of the profiled kind.",
         ),
     ] = None,
@@ -68,6 +74,10 @@ def plan(
             help="GPU% that may be promised at once; default: as measured by co-runs, else 100.",
         ),
     ] = None,
+    exclude_gpu: ExcludeGpuOption = None,
+    memory_limits: Annotated[
+        bool, typer.Option("--memory-limits", help="Bound the GPU memory of each model's processes (MPS).")
+    ] = False,
     explain: Annotated[bool, typer.Option("--explain", help="Say why: limits, fits, bounds.")] = False,
 ) -> None:
     """Choose GPU, GPU% and batch size of every model, so that each keeps its SLO at its rate.
@@ -78,12 +88,17 @@ def plan(
     Example: dstackctl plan --profiles profiles.json --workload workload.yaml --out plan.json
     """
     known, wanted = read_profiles(profiles), read_workload(workload)
+    host = None
+    if gpus is None and minimize is not Minimize.GPUS:
+        host = host_of(known.device, state, exclude_gpu or ())
     options = PlanOptions(
         objective=objective.value,
         gpus=gpus if gpus is not None else MOST_GPUS if minimize is Minimize.GPUS else 1,
         minimize_gpus=minimize is Minimize.GPUS,
         maximize_headroom=maximize is Maximize.HEADROOM,
         capacity_percent=capacity_percent,
+        host=host,
+        memory_limits=memory_limits,
     )
     found = make_plan(known, wanted, options)
     if out is not None:
@@ -97,6 +112,21 @@ def plan(
             say(line)
     if not found.feasible:
         raise InfeasibleError(found.binding[0])
+
+
+def host_of(device: Device, state: Path, excluded: Collection[str]) -> HostGpus | None:
+    """The GPUs of this host, if it has some of the kind that the profiles were made on.
+
+    Errors: InputError where a GPU is to be left out of none.
+    """
+    here = gpus_here(state, excluded) if device.driver != CPU_DRIVER else HostGpus()
+    if device.name in here.names:
+        return here
+    if excluded:
+        raise InputError(
+            f"--exclude-gpu: this host has no {device.name}; give the number of GPUs with --gpus"
+        )
+    return None
 
 
 def show_plan(plan: Plan) -> None:

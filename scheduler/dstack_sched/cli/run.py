@@ -13,6 +13,7 @@ import typer
 from dstack_sched.adapters.clock import SystemClock
 from dstack_sched.adapters.controller_board import FileStatusBoard
 from dstack_sched.adapters.decision_log import FileDecisionLog
+from dstack_sched.adapters.logs import LogOptions, logging_to
 from dstack_sched.adapters.plan_files import plan_json
 from dstack_sched.adapters.prometheus import PrometheusMetrics
 from dstack_sched.adapters.triton_client import TritonClient
@@ -20,6 +21,7 @@ from dstack_sched.adapters.triton_connection import ConnectionOptions
 from dstack_sched.adapters.triton_metrics import TritonMetrics
 from dstack_sched.app.control_loop import ControlLoop, Round
 from dstack_sched.app.forecast import ForecastSettings
+from dstack_sched.app.host_view import HostView
 from dstack_sched.app.planning import PlanOptions
 from dstack_sched.app.profiling import ProfilingOptions
 from dstack_sched.app.replan import ReplanSettings
@@ -40,10 +42,12 @@ from dstack_sched.cli.endpoint import EndpointOptions, exports, served
 from dstack_sched.cli.healing import CONTROLLER as HEALTH_SETTINGS
 from dstack_sched.cli.healing import controller_guards, make_health
 from dstack_sched.cli.host import signals_interrupt
+from dstack_sched.cli.host_gpus import ExcludeGpuOption, local_view
 from dstack_sched.cli.live_steps import LiveSources, LiveSteps, WorkloadFile
+from dstack_sched.cli.options import logs
 from dstack_sched.cli.plan import show_plan
 from dstack_sched.config import read_workload
-from dstack_sched.domain.metrics import CONTROLLER
+from dstack_sched.domain.metrics import CONTROLLER, HEALTH
 from dstack_sched.domain.workload import Workload
 from dstack_sched.errors import InputError
 from dstack_sched.ports import Metrics
@@ -52,11 +56,13 @@ from dstack_sched.ports import Metrics
 @app.command()
 @connects
 @exports
+@logs
 def run(
     workload: Annotated[Path, typer.Option("--workload", metavar="FILE", help="SLOs and expected rates.")],
     state: StateOption,
     connection: ConnectionOptions,
     metrics: EndpointOptions,
+    log: LogOptions,
     repository: Annotated[
         Path | None,
         typer.Argument(
@@ -82,7 +88,14 @@ def run(
     horizon_s: Annotated[
         float, typer.Option("--horizon-s", help="A reload must pay for itself within so long.")
     ] = 60.0,
-    gpus: Annotated[int, typer.Option("--gpus", help="GPUs of the profiled kind.")] = 1,
+    gpus: Annotated[
+        int | None,
+        typer.Option("--gpus", show_default="those of this host", help="GPUs of the profiled kind."),
+    ] = None,
+    exclude_gpu: ExcludeGpuOption = None,
+    memory_limits: Annotated[
+        bool, typer.Option("--memory-limits", help="Bound the GPU memory of each model's processes (MPS).")
+    ] = False,
     time_budget_s: Annotated[
         float, typer.Option("--time-budget-s", help="For profiling one new model.")
     ] = 60.0,
@@ -106,13 +119,15 @@ def run(
         )
     state_dir(state)
     read_workload(workload)
-    with TritonClient(connection) as server, ExitStack() as stack:
+    with ExitStack() as stack:
+        stack.enter_context(logging_to("controller", log))
+        server = stack.enter_context(TritonClient(connection))
         server.require_ready()
         deployment = Deployment(served_repository(connection.url, repository), server, state, socket)
         wanted = WorkloadFile(workload, lambda read, where: check_models(read, deployment, where))
         if not dry_run:
             deployment.recover()
-        prometheus = PrometheusMetrics(CONTROLLER)
+        prometheus = PrometheusMetrics((*CONTROLLER, *HEALTH))
         url = stack.enter_context(served(prometheus, metrics))
         if url:
             say(f"metrics of the controller: {url}")
@@ -121,7 +136,8 @@ def run(
             wanted.read,
             prometheus,
             ProfilingOptions(target_error=target_error, time_budget_s=time_budget_s),
-            PlanOptions(gpus=gpus),
+            PlanOptions(gpus=gpus or 1, memory_limits=memory_limits),
+            host=None if gpus else local_view(connection.url, state, exclude_gpu or ()),
             settings=ReplanSettings(cooldown_s=cooldown_s, horizon_s=horizon_s),
             forecasting=ForecastSettings(window_s=window_s),
             triton_metrics=triton_metrics or f"{connection.url.rpartition(':')[0]}:8002",
@@ -149,19 +165,21 @@ def live_loop(
     triton_metrics: str = "",
     provider: str = "auto",
     dry_run: bool = False,
+    host: HostView | None = None,
 ) -> ControlLoop:
-    """The loop on a deployment, all wired. triton_metrics: HOST:PORT, "": backlogs are not looked at."""
+    """The loop on a deployment, all wired. triton_metrics: HOST:PORT, "": backlogs are not looked at. host:
+    the GPUs to plan with, None: as many as `planning` says."""
     clock, state, server = SystemClock(), deployment.state, deployment.server
     about = {"url": server.url, "repository": str(deployment.repository.root), "dry_run": dry_run}
     board = NoBoard() if dry_run else FileStatusBoard(state)
     telemetry = ControllerTelemetry(metrics, board, clock, about)
     models = [model.name for model in wanted().models]
-    guards = controller_guards(server, deployment.repository, models, deployment.arbiter_plans)
+    guards = controller_guards(server, deployment.repository, models, deployment.arbiter_plans, host)
     health = make_health(guards, state, deployment.repository, telemetry.health, HEALTH_SETTINGS)
-    steps = LiveSteps(deployment, wanted, profiling, planning, provider, health.check)
+    steps = LiveSteps(deployment, wanted, profiling, planning, provider, health.check, host)
     sources = LiveSources(deployment, TritonMetrics(triton_metrics) if triton_metrics else None)
     watcher = Watcher(models, server, sources, clock, forecasting)
-    log = FileDecisionLog(state)
+    log = FileDecisionLog(state, say)
     return ControlLoop(steps, watcher, clock, log, telemetry, settings=settings, dry_run=dry_run, say=say)
 
 

@@ -27,8 +27,9 @@ from dstack_sched.cli.common import (
     state_dir,
 )
 from dstack_sched.cli.endpoint import EndpointOptions, arbiter_samples, served
-from dstack_sched.cli.healing import HealthThread, make_health, model_guards
+from dstack_sched.cli.healing import HealthThread, host_guards, make_health, model_guards
 from dstack_sched.cli.host import LOOK_AGAIN_S, Host, HostOptions, open_host
+from dstack_sched.cli.host_gpus import local_view
 from dstack_sched.cli.options import logs
 from dstack_sched.domain.metrics import HEALTH
 from dstack_sched.errors import ServerError
@@ -111,7 +112,8 @@ def stay_up(host: Host, server: TritonClient, state: Path, telemetry: HealthTele
 def looked_after(server: TritonClient, host: Host, state: Path, telemetry: HealthTelemetry) -> Iterator[None]:
     """Models whose processes die, or that a restarted Triton has not loaded, come back by themselves."""
     repository = DiskRepository(host.options.repository)
-    health = make_health(model_guards(server, repository), state, repository, telemetry)
+    guards = [*host_guards(local_view(server.url, state), server.url), *model_guards(server, repository)]
+    health = make_health(guards, state, repository, telemetry)
     thread = HealthThread(health.check)
     thread.start()
     try:
