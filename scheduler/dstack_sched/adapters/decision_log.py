@@ -7,6 +7,7 @@ import json
 import logging
 import os
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +20,21 @@ MAX_BYTES = 4 * 1024 * 1024
 class FileDecisionLog:
     """STATE/decisions.jsonl; past MAX_BYTES it becomes decisions.jsonl.1 and a new one begins.
 
-    What cannot be written (a full disk, say) is lost and counted in `lost`, and the first loss of a row is
-    said: nobody who decides must stop because of his diary.
+    tell: told each decision as a line for people, with its fields. What cannot be written (a full disk, say)
+    is lost and counted in `lost`, and the first loss of a row is said: nobody who decides must stop because
+    of his diary.
     """
 
-    def __init__(self, state: Path) -> None:
+    def __init__(self, state: Path, tell: Callable[..., None] = lambda line, **fields: None) -> None:
         self.path = state / FILE_NAME
+        self._tell = tell
         self.lost = 0
         self._complained = False
 
     def append(self, entry: dict[str, Any]) -> None:
         """One write, so that a second process that logs here mixes lines, not parts of lines."""
+        about = {key: value for key, value in entry.items() if key != "time_s"}
+        self._tell(f"{entry.get('what')}: {entry.get('reason')}", **about)
         line = (json.dumps(entry, separators=(",", ":"), allow_nan=False) + "\n").encode()
         try:
             if self.path.exists() and self.path.stat().st_size + len(line) > MAX_BYTES:

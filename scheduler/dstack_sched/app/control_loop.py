@@ -336,7 +336,6 @@ class ControlLoop:
             self._silent = (f"{what} {same}", now_us)
         else:
             self._silent = ("", 0)
-        self._say(f"{what}: {reason}")
         head = {"time_s": round(self._clock.wall_time_s(), 3), "what": what, "reason": reason, "cause": cause}
         self._log.append({**head, **fields})
 

@@ -88,7 +88,6 @@ class Health:
         settings: HealthSettings | None = None,
         alone: Callable[[], AbstractContextManager[object]] = nullcontext,
         each: Callable[[Callable[[Case], Outcome], Iterable[Case]], Iterable[Outcome]] = map,
-        say: Callable[[str], None] = lambda line: None,
     ) -> None:
         self._guards = tuple(guards)
         self._clock = clock
@@ -97,7 +96,6 @@ class Health:
         self._settings = settings or HealthSettings()
         self._alone = alone
         self._each = each
-        self._say = say
         self._cases: dict[tuple[FaultKind, str], Case] = {}
 
     def check(self) -> tuple[Fault, ...]:
@@ -178,7 +176,6 @@ class Health:
 
     def _decide(self, what: str, case: Case, reason: str) -> None:
         fault = case.fault
-        self._say(f"{what}: {fault.subject}: {reason}")
         self._log.append(
             {
                 "time_s": round(self._clock.wall_time_s(), 3),

@@ -23,7 +23,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from dstack_sched.adapters.logs import OURS, logging_active
+from dstack_sched.adapters.logs import OURS, fields, logging_active
 from dstack_sched.adapters.triton_connection import ConnectionOptions, parse_headers
 from dstack_sched.cli.options import grouped, option
 from dstack_sched.errors import InputError
@@ -115,10 +115,11 @@ def console() -> Console:
     return Console() if sys.stdout.isatty() else Console(width=110, no_color=True, highlight=False)
 
 
-def say(text: str) -> None:
-    """One line for people, on stderr, so that stdout stays the result; a log line where one is kept."""
+def say(text: str, **about: Any) -> None:
+    """One line for people, on stderr, so that stdout stays the result; where a log is kept, a line of it with
+    the fields `about` it."""
     if logging_active():
-        OURS.info("%s", text)
+        OURS.info("%s", text, extra=fields(**about))
     else:
         print(text, file=sys.stderr, flush=True)  # noqa: T201
 
