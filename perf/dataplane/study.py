@@ -32,7 +32,7 @@ class Study:
         self.report = options.out / "dataplane.json"
         self.parts: dict[str, Any] = {} if options.fresh else self._earlier()
         options.log.parent.mkdir(parents=True, exist_ok=True)
-        self._log = options.log.open("w", encoding="utf-8")
+        options.log.write_text("", encoding="utf-8")
         self.shared: Server | None = None
 
     def _earlier(self) -> dict[str, Any]:
@@ -66,8 +66,8 @@ class Study:
         self.say(f"PROBLEM {text}")
 
     def _note(self, text: str) -> None:
-        self._log.write(text + "\n")
-        self._log.flush()
+        with self.options.log.open("a", encoding="utf-8") as log:
+            log.write(text + "\n")
 
     def run(
         self,
