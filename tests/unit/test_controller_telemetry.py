@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dstack_sched.adapters.controller_board import FileStatusBoard, read_board
 from dstack_sched.adapters.prometheus import PrometheusMetrics
-from dstack_sched.app.telemetry import ControllerTelemetry, ModelLook
+from dstack_sched.app.telemetry import (
+    ControllerTelemetry,
+    HealthBoard,
+    HealthTelemetry,
+    ModelLook,
+    NoMetrics,
+)
 from dstack_sched.domain import metrics as table
 from dstack_sched.domain.change import ApplyReport, ModelOutcome
 from dstack_sched.domain.plan import ModelPlan, Plan, Replica
@@ -132,3 +140,22 @@ def test_a_board_that_cannot_be_written_does_no_harm(
     for _ in range(3):
         board.write({"version": 1})
     assert len(caplog.records) == 1
+
+
+def test_serve_s_board_is_written_when_faults_change_and_seldom_else() -> None:
+    """Twice a second for months would wear a disk out."""
+    written: list[dict[str, Any]] = []
+
+    class Board:
+        def write(self, document: Mapping[str, Any]) -> None:
+            written.append(dict(document))
+
+    clock = FakeClock()
+    health = HealthTelemetry(NoMetrics(), clock)
+    board = HealthBoard(health, Board(), clock, {"url": "u"})
+    for at_s in range(25):
+        clock.now = float(at_s)
+        health.note([Trouble("stub_dead", "m")] if 3 <= at_s < 5 else [])
+        board.publish()
+    assert [len(each["faults"]) for each in written] == [0, 1, 0, 0]
+    assert written[0]["url"] == "u" and written[-1]["updated_s"] == 1_800_000_015

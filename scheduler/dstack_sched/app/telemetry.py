@@ -15,6 +15,8 @@ from dstack_sched.domain.metrics import Metric
 from dstack_sched.domain.plan import Plan
 from dstack_sched.ports import Clock, Metrics, StatusBoard
 
+REFRESH_S = 10.0  # a board is a small file: no need to write it twice a second for months
+
 
 class NoMetrics:
     """ports.Metrics that keeps nothing: for `run` without an endpoint, and for tests that do not look."""
@@ -96,6 +98,29 @@ class HealthTelemetry:
             {"kind": kind, "subject": subject, "since_s": round(since_s, 3), "detail": detail}
             for (kind, subject), (_, since_s, detail) in self._present.items()
         ]
+
+
+class HealthBoard:
+    """Says on a board which faults are there: when they change, and every REFRESH_S while they do not."""
+
+    def __init__(
+        self, telemetry: HealthTelemetry, board: StatusBoard, clock: Clock, about: Mapping[str, Any]
+    ) -> None:
+        self._telemetry = telemetry
+        self._board = board
+        self._clock = clock
+        self._about = dict(about)
+        self._said: list[dict[str, Any]] | None = None
+        self._again_us = 0
+
+    def publish(self) -> None:
+        """To be called after each check."""
+        faults, now_us = self._telemetry.document(), self._clock.now_us()
+        if faults == self._said and now_us < self._again_us:
+            return
+        self._said, self._again_us = faults, now_us + round(REFRESH_S * 1e6)
+        updated_s = round(self._clock.wall_time_s(), 3)
+        self._board.write({"version": 1, **self._about, "updated_s": updated_s, "faults": faults})
 
 
 class ControllerTelemetry:

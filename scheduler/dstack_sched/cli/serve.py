@@ -11,11 +11,12 @@ from typing import Annotated
 import typer
 
 from dstack_sched.adapters.clock import SystemClock
+from dstack_sched.adapters.controller_board import SERVE_BOARD, FileStatusBoard
 from dstack_sched.adapters.logs import LogOptions, logging_to
 from dstack_sched.adapters.prometheus import PrometheusMetrics
 from dstack_sched.adapters.repository import DiskRepository
 from dstack_sched.adapters.triton_client import TritonClient
-from dstack_sched.app.telemetry import HealthTelemetry
+from dstack_sched.app.telemetry import HealthBoard, HealthTelemetry
 from dstack_sched.cli import app
 from dstack_sched.cli.common import (
     JsonOption,
@@ -93,28 +94,40 @@ def serve(
                 served(metrics, listen, arbiter_samples(options.arbiter_socket)) as metrics_url,
                 open_host(options, telemetry.restarted) as host,
             ):
-                show(host, host.load_models(), metrics_url, json_output)
+                outcome, urls = host.load_models(), urls_of(host, metrics_url)
+                show(host, outcome, urls, json_output)
                 with TritonClient(host.triton.grpc_url) as server:
-                    stay_up(host, server, state, telemetry)
+                    stay_up(host, server, state, telemetry, urls)
         except KeyboardInterrupt:
             say("stopped")
 
 
-def stay_up(host: Host, server: TritonClient, state: Path, telemetry: HealthTelemetry) -> None:
+def stay_up(
+    host: Host, server: TritonClient, state: Path, telemetry: HealthTelemetry, urls: dict[str, str]
+) -> None:
     """Until it is interrupted. Errors: MachineError when Triton is down for good."""
-    with looked_after(server, host, state, telemetry):
+    about = {"url": host.triton.grpc_url, "repository": str(host.options.repository.absolute()), "urls": urls}
+    board = HealthBoard(telemetry, FileStatusBoard(state, SERVE_BOARD), SystemClock(), about)
+    with looked_after(server, host, state, telemetry, board):
         while True:
             time.sleep(LOOK_AGAIN_S)
             host.check()
 
 
 @contextmanager
-def looked_after(server: TritonClient, host: Host, state: Path, telemetry: HealthTelemetry) -> Iterator[None]:
+def looked_after(
+    server: TritonClient, host: Host, state: Path, telemetry: HealthTelemetry, board: HealthBoard
+) -> Iterator[None]:
     """Models whose processes die, or that a restarted Triton has not loaded, come back by themselves."""
     repository = DiskRepository(host.options.repository)
     guards = [*host_guards(local_view(server.url, state), server.url), *model_guards(server, repository)]
     health = make_health(guards, state, repository, telemetry)
-    thread = HealthThread(health.check)
+
+    def check() -> None:
+        health.check()
+        board.publish()
+
+    thread = HealthThread(check)
     thread.start()
     try:
         yield
@@ -122,16 +135,20 @@ def looked_after(server: TritonClient, host: Host, state: Path, telemetry: Healt
         thread.stop()
 
 
-def show(host: Host, outcome: dict[str, str | None], metrics_url: str | None, as_json: bool) -> None:
+def urls_of(host: Host, metrics_url: str | None) -> dict[str, str]:
+    """Where everything listens."""
+    triton = host.triton
+    urls = {"grpc": triton.grpc_url, "http": triton.http_url, "metrics": triton.metrics_url}
+    return urls | ({"arbiter_metrics": metrics_url} if metrics_url else {})
+
+
+def show(host: Host, outcome: dict[str, str | None], urls: dict[str, str], as_json: bool) -> None:
     """What is served, and where. Errors: ServerError when no model at all could be loaded."""
     for model, error in outcome.items():
         if error is not None:
             say(f"{model}: not served: {error}")
     if all(error is not None for error in outcome.values()):
         raise ServerError(f"no model of {host.options.repository} could be loaded; see the lines above")
-    urls = {"grpc": host.triton.grpc_url, "http": host.triton.http_url, "metrics": host.triton.metrics_url}
-    if metrics_url:
-        urls["arbiter_metrics"] = metrics_url
     if as_json:
         print_json({"version": 1, "urls": urls, "socket": str(host.socket), "pid": host.triton.pid,
                     "log": str(host.triton.log_path),
@@ -144,6 +161,6 @@ def show(host: Host, outcome: dict[str, str | None], metrics_url: str | None, as
     )
     mps = "own daemon" if host.mps.owned else "existing daemon" if host.mps.running() else "none"
     say(f"gRPC {urls['grpc']}, HTTP {urls['http']}, metrics {urls['metrics']}; MPS: {mps}")
-    if metrics_url:
-        say(f"metrics of the arbiter and of faults: {metrics_url}")
+    if "arbiter_metrics" in urls:
+        say(f"metrics of the arbiter and of faults: {urls['arbiter_metrics']}")
     say(f"log: {host.triton.log_path}; Ctrl-C stops all")
