@@ -107,7 +107,6 @@ def _gpu(index: str, now: Reading, before: Reading | None) -> dict[str, Any]:
         "device_percent": device.get("utilization_percent"),
         "memory_bytes": device.get("memory_bytes"),
         "used_bytes": device.get("used_bytes"),
-        "used_by_others_bytes": device.get("used_by_others_bytes"),
         "out": device.get("out"),
     }
 

@@ -15,14 +15,14 @@ from dstack_sched.adapters.arbiter_client import SocketArbiterClient
 from dstack_sched.adapters.clock import SystemClock
 from dstack_sched.adapters.controller_board import CONTROLLER_BOARD, SERVE_BOARD, read_board
 from dstack_sched.adapters.decision_log import FileDecisionLog
-from dstack_sched.adapters.nvml import NvmlInventory
 from dstack_sched.adapters.triton_client import TritonClient
 from dstack_sched.adapters.triton_connection import ConnectionOptions
-from dstack_sched.app.gpus import GpuWatch, gpu_rows
+from dstack_sched.app.gpus import gpu_rows
 from dstack_sched.app.status import StatusReader
 from dstack_sched.app.status_reading import Sources
 from dstack_sched.cli import app
 from dstack_sched.cli.common import JsonOption, StateOption, connects, console, print_json, say
+from dstack_sched.cli.host_gpus import gpu_watch, local_view
 from dstack_sched.cli.mps import mps_now
 from dstack_sched.cli.status_view import decision_lines, view
 from dstack_sched.cli.timeline import save_timelines
@@ -71,7 +71,7 @@ def status(
         show_decisions(log, count)
         return
     with TritonClient(connection) as server:
-        reader = StatusReader(sources(server, socket, state))
+        reader = StatusReader(sources(server, connection.url, socket, state))
         reader.read()
         if watch:
             keep_showing(reader, log if why else None, count, stages)
@@ -87,9 +87,10 @@ def status(
         screen.print(view(document, width=screen.width, stages=stages))
 
 
-def sources(server: TritonClient, socket: Path | None, state: Path) -> Sources:
+def sources(server: TritonClient, url: str, socket: Path | None, state: Path) -> Sources:
     """Everything of this host, and the Triton that was named."""
-    watch = GpuWatch(NvmlInventory(), SystemClock())
+    host = local_view(url, state)
+    watch = host.watch if host else gpu_watch(state, ())
 
     def gpus() -> Mapping[str, Mapping[str, Any]]:
         watch.look()
