@@ -196,7 +196,7 @@ def test_without_triton_what_the_arbiter_knows_is_shown(
     monkeypatch.setattr(world.server, "metadata", gone)
     document = world.read()
     assert document["server"] is None and list(document["models"]) == ["detect"]
-    assert "Triton: Triton at 127.0.0.1:1: no answer" in shown(document)
+    assert "Triton at 127.0.0.1:1: no answer" in shown(document)
     world.arbiter.answer = None
     assert world.read()["models"] == {}
     assert "controller: none has run" in shown(world.read())

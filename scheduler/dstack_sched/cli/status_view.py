@@ -81,11 +81,9 @@ def view(document: Mapping[str, Any], *, width: int, stages: bool = False) -> Gr
     """All of one reading for a screen of so many columns."""
     parts: list[RenderableType] = [Text(line) for line in heads(document)]
     parts += [Text(line) for line in gpu_lines(document)]
-    parts.append(models_table(document["models"], width))
-    if stages:
-        parts.append(stage_table(document["models"], width))
-    elif document["models"]:
-        parts.append(Text(LEGEND, style="dim"))
+    if document["models"]:
+        parts.append(models_table(document["models"], width))
+        parts.append(stage_table(document["models"], width) if stages else Text(LEGEND, style="dim"))
     parts += [Text(line, style="bold") for line in fault_lines(document)]
     parts += [Text(line) for line in decision_lines(document.get("decisions", ()))]
     return Group(*parts)
@@ -95,7 +93,7 @@ def heads(document: Mapping[str, Any]) -> list[str]:
     """One line for each of Triton, arbiter, controller, MPS: how it is, or that it does not answer."""
     missing, server, arbiter = document["missing"], document["server"], document["arbiter"]
     lines = [
-        f"Triton: {server['name']} {server['version']}" if server else f"Triton: {missing.get('server')}",
+        f"Triton: {server['name']} {server['version']}" if server else str(missing.get("server")),
         _arbiter_line(arbiter)
         if arbiter
         else f"arbiter: none; models run ungated ({missing.get('arbiter')})",
