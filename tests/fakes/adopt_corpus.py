@@ -321,7 +321,7 @@ CORPUS: dict[str, Case] = {
     "plan": Case(None, made.dense, "tensorrt", extra={"1/model.plan": b"plan"}),
     "torch": Case("max_batch_size: 8\n", None, "pytorch", extra={"1/model.pt": b""}),
     "nothing": Case(None, None, "no model.onnx", extra={"1/readme": b""}),
-    "truncated": Case(ONNX, None, "not a whole ONNX file", extra={"1/model.onnx": b"\x08\x07"}),
+    "truncated": Case(ONNX, None, "copy it again", extra={"1/model.onnx": b"\x08\x07"}),
     "wrong_dims": Case(
         ONNX + 'max_batch_size: 8\ninput [ { name: "x" data_type: TYPE_FP32 dims: [ 17 ] } ]\n',
         made.dense,

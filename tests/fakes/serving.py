@@ -65,6 +65,7 @@ class FakeServer:
         self.stubs[model] = self._next_pid
         self.in_force[model] = {
             "backend": config.backend,
+            "backend": config.backend,
             "max_batch_size": 8 if config.max_batch_size is None else config.max_batch_size,
             "parameters": {key: {"string_value": value} for key, value in config.parameters.items()},
         }

@@ -91,7 +91,7 @@ def _version(folder: Path) -> Path | None:
 
 
 def _stated(folder: Path) -> model_config_pb2.ModelConfig:
-    """What the config of a model states; nothing where there is none. Bytes that are no UTF-8 are replaced."""
+    """What the config of a model states; nothing where there is none. Bytes that are no UTF-8 do no harm."""
     config, stated = folder / "config.pbtxt", model_config_pb2.ModelConfig()
     if config.is_file():
         try:
