@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +24,10 @@ from dstack_sched.app.revive import Reviver
 from dstack_sched.app.telemetry import HealthTelemetry
 from dstack_sched.cli.common import say
 
+log = logging.getLogger("dstack.serve")
+
 LOOK_EVERY_S = 0.5
+AFTER_A_DEFECT_S = 10.0
 LOADS_AT_ONCE = 4
 # A controller leaves `serve` the time to mend what it sees, too.
 CONTROLLER = HealthSettings(confirm_s=4.0)
@@ -100,4 +104,8 @@ class HealthThread:
 
     def _run(self) -> None:
         while not self._stop.wait(self._every_s):
-            self._check()
+            try:
+                self._check()
+            except Exception:  # a defect of ours: told with its traceback, and what it serves is served on
+                log.exception("looking after the models failed")
+                self._stop.wait(AFTER_A_DEFECT_S)
