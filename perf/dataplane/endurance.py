@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -26,7 +27,6 @@ CHECKS_A_INSTANCE = 40
 LEAK_MODEL = "resnet50"  # the fastest to load
 LEAK_ABREAST = 10
 MPS_MODELS = ("resnet50", "bert_base", "mobilenet_v2")
-MPS_NAMES = ("nvidia-cuda-mps-control", "nvidia-cuda-mps-server")
 QUIET_BEFORE_S = 2.0
 QUIET_AFTER_S = 2.0  # without a failure, until all counts as well again
 RECOVERY_LIMIT_S = 75.0
@@ -37,12 +37,15 @@ MOST_UNDER_WAY = 400
 def memory(study: Study, server: Server) -> dict[str, int]:
     """What stays while no model is loaded: device memory of everybody, host memory of all but the stubs."""
     time.sleep(SETTLE_S)
-    processes = server.processes()
+    held = {"host_bytes": 0, "open_files": 0, "threads": 0}
+    for process in server.processes():
+        with contextlib.suppress(psutil.NoSuchProcess):  # one that only put a question to the MPS daemon
+            held["host_bytes"] += process.memory_full_info().uss
+            held["open_files"] += process.num_fds()
+            held["threads"] += process.num_threads()
     return {
         "device_bytes": gpu_memory_used(0) if study.provider == "cuda" else 0,
-        "host_bytes": sum(each.memory_full_info().uss for each in processes),
-        "open_files": sum(each.num_fds() for each in processes),
-        "threads": sum(each.num_threads() for each in processes),
+        **held,
         "shared_memory_bytes": sum(path.stat().st_size for path in Path("/dev/shm").glob(server.shm_pattern)),
     }
 
@@ -149,7 +152,8 @@ def mps(study: Study) -> dict[str, Any]:
     MPS, the stubs in their place: what clients saw, and when every model answered again."""
     names = [name for name in MPS_MODELS if name in study.models]
     expected = {name: reference(study.path(name), 2) for name in names}
-    scenarios = {"daemon": MPS_NAMES, "server": MPS_NAMES[1:]} if study.provider == "cuda" else {"stubs": ()}
+    cuda = study.provider == "cuda"
+    scenarios = {"daemon": {"daemon", "server"}, "server": {"server"}} if cuda else {"stubs": set()}
     found: dict[str, Any] = {}
     with Server(study.options.state / "mps", study.provider) as server:
         for name in names:
@@ -164,7 +168,7 @@ def mps(study: Study) -> dict[str, Any]:
     return {"scenarios": found}
 
 
-def kill_under_load(study: Study, server: Server, expected: Any, victims: tuple[str, ...]) -> dict[str, Any]:
+def kill_under_load(study: Study, server: Server, expected: Any, victims: set[str]) -> dict[str, Any]:
     """Steady load on all models, the kill, and the wait until all is well; what the clients saw."""
     load = CheckedClients(server.grpc_url, expected, under_way=MOST_UNDER_WAY, pause_s=SEND_EVERY_S)
     try:
@@ -194,35 +198,31 @@ def kill_under_load(study: Study, server: Server, expected: Any, victims: tuple[
     }
 
 
-def kill(server: Server, victims: tuple[str, ...]) -> list[int]:
-    """SIGKILL to the MPS processes of these names below serve; without names, to all stubs."""
-    if not victims:
-        pids = sorted(server.stub_pids())
-    else:
-        pids = [each.pid for each in server.processes() if program(each) in victims]
-        if not pids:
-            raise MachineError("serve runs no MPS daemon of its own: nothing to kill")
+def kill(server: Server, victims: set[str]) -> frozenset[int]:
+    """SIGKILL to all that does the work of `victims`. Errors: MachineError where nothing does."""
+    pids = at_work(server, victims)
+    if not pids:
+        raise MachineError(f"serve runs no {' and '.join(sorted(victims)) or 'stubs'} of its own to kill")
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
     return pids
 
 
-def program(process: psutil.Process) -> str:
-    """The name of its program; the kernel cuts names at 15 characters, so its command line is asked."""
-    try:
-        return Path(process.cmdline()[0]).name
-    except (psutil.Error, IndexError):
-        return ""
+def at_work(server: Server, victims: set[str]) -> frozenset[int]:
+    """The MPS processes of these kinds; without kinds, the stubs."""
+    if not victims:
+        return server.stub_pids()
+    return frozenset(pid for pid, kind in server.mps_processes().items() if kind in victims)
 
 
 def wait_well(
-    server: Server, load: CheckedClients, victims: tuple[str, ...], killed: list[int], killed_s: float
+    server: Server, load: CheckedClients, victims: set[str], killed: frozenset[int], killed_s: float
 ) -> float | None:
     """Wait until all is well again, or the limit. Seconds until a successor of what was killed was seen."""
     restarted_s: float | None = None
     while time.monotonic() - killed_s < RECOVERY_LIMIT_S:
         time.sleep(0.1)
-        if restarted_s is None and successors(server, victims) - set(killed):
+        if restarted_s is None and at_work(server, first_of(victims)) - killed:
             restarted_s = round(time.monotonic() - killed_s, 3)
         quiet_since_s = time.monotonic() - QUIET_AFTER_S
         if (
@@ -237,11 +237,9 @@ def wait_well(
     return restarted_s
 
 
-def successors(server: Server, victims: tuple[str, ...]) -> frozenset[int]:
-    """The processes that now do the work of what was killed, the killed ones among them while they last."""
-    if not victims:
-        return server.stub_pids()
-    return frozenset(each.pid for each in server.processes() if program(each) in victims)
+def first_of(victims: set[str]) -> set[str]:
+    """Whose successor counts as the restart: the daemon's where it was killed too."""
+    return {"daemon"} & victims or victims
 
 
 def recovered(seen: Checked, killed_s: float) -> float | None:

@@ -30,6 +30,7 @@ SWITCH_PAUSE_S = 0.04
 RELOADS = 3
 MEASURE_S = 1.0
 SETTLE_S = 0.3
+FREED_LIMIT_S = 4.0
 POLICY = "mps-static"  # grants what the plan says and nothing else: the switch alone is measured
 
 
@@ -146,7 +147,16 @@ def worker(study: Study, server: Server, name: str, *, percent: float = WHOLE, l
 
 
 def used_bytes(study: Study) -> int:
-    return gpu_memory_used(0) if study.provider == "cuda" else 0
+    """Device memory in use, once it has stopped changing: the driver frees a process's a moment later."""
+    if study.provider != "cuda":
+        return 0
+    used, until = gpu_memory_used(0), time.monotonic() + FREED_LIMIT_S
+    while time.monotonic() < until:
+        time.sleep(SETTLE_S)
+        before, used = used, gpu_memory_used(0)
+        if used == before:
+            break
+    return used
 
 
 def alone(study: Study, server: Server, name: str) -> dict[str, Any]:
@@ -160,7 +170,6 @@ def alone(study: Study, server: Server, name: str) -> dict[str, Any]:
         plain_bytes = used_bytes(study) - before
     finally:
         plain.close()
-    time.sleep(SETTLE_S)
     before = used_bytes(study)
     with_levels = worker(study, server, name, levels=LEVELS if study.provider == "cuda" else ())
     try:

@@ -35,6 +35,7 @@ GONE_LIMIT_S = 30.0
 INFER_LIMIT_S = 20.0
 METRICS_PERIOD_S = 1.2  # the backend publishes once a second
 SEED_MODEL = "seed"  # serve wants one model to begin with; this one stays on the CPU
+MPS_CONTROL, MPS_SERVER = "nvidia-cuda-mps-control", "nvidia-cuda-mps-server"
 CLIENT_VARIABLES = (PIPE_VARIABLE, "CUDA_MPS_LOG_DIRECTORY")
 
 
@@ -180,6 +181,25 @@ class Server:
         """serve and all below it that are no stubs: what stays when every model is unloaded."""
         top = psutil.Process(self._process.pid)
         return [each for each in [top, *top.children(recursive=True)] if not is_stub(each)]
+
+    def mps_processes(self) -> dict[int, str]:
+        """The MPS daemon and servers of this deployment: process id -> "daemon" or "server".
+
+        Found by their environment: whose children they are is MPS's own affair. The daemon is the control
+        program that stays (-f, -d), not one that puts a question to it.
+        """
+        found = {}
+        for process in psutil.process_iter():
+            words = cmdline(process)
+            name = Path(words[0]).name if words else ""
+            if name == MPS_SERVER or (name == MPS_CONTROL and {"-f", "-d"} & set(words[1:])):
+                try:
+                    ours = str(self._runtime) in str(process.environ().get(PIPE_VARIABLE))
+                except psutil.Error:
+                    continue
+                if ours:
+                    found[process.pid] = "server" if name == MPS_SERVER else "daemon"
+        return found
 
     def stub_pids(self) -> frozenset[int]:
         """The stubs of all models, but the seed's."""
