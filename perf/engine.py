@@ -15,6 +15,7 @@ import argparse
 import gc
 import heapq
 import os
+import re
 import select
 import signal
 import socket
@@ -56,6 +57,13 @@ LOAD = 0.7  # demand over capacity, GPU%-time: the steady load of the targets
 OTHER_LOADS = (0.4, 1.0, 1.3)
 CLIENTS = (1, 2, 4, 8, 16, 32, 48)
 OTHERS_PERIOD_S = 0.02
+SCRAPED_CLIENTS, SCRAPE_EVERY_S = 8, 0.1  # 150 times as often as Prometheus does
+SCRAPER = """
+import sys, time, urllib.request
+while True:
+    urllib.request.urlopen(sys.argv[1]).read()
+    time.sleep(float(sys.argv[2]))
+"""
 TARGET = {"decision_us_p50": 20.0, "decision_us_p99": 50.0, "grant_roundtrip_us_p50": 100.0}
 SEED = 20261122
 
@@ -228,9 +236,10 @@ def decisions(levels: bool, events: int, load: float = LOAD, count: int = MODELS
 
 @contextmanager
 def arbiter(directory: Path) -> Iterator[Path]:
-    """`dstackctl arbiter` in its own process, with room for all clients at once: no wait is contention."""
+    """`dstackctl arbiter` in its own process, with room for all clients at once: no wait is contention. Its
+    metrics are served; the log names the URL."""
     path = directory / "arbiter.sock"
-    command = [sys.executable, "-m", "dstack_sched", "arbiter", "--socket", str(path)]
+    command = [sys.executable, "-m", "dstack_sched", "arbiter", "--socket", str(path), "--metrics-port", "0"]
     with (directory / "arbiter.log").open("w") as log:
         process = subprocess.Popen(command, stderr=log)
     client = SocketArbiterClient(path)
@@ -307,9 +316,29 @@ def play_others(path: Path, count: int) -> None:
             next_s = max(next_s + OTHERS_PERIOD_S / count, time.monotonic() - OTHERS_PERIOD_S)
 
 
-def round_trips(clients: int, rounds: int) -> dict[str, Any]:
+@contextmanager
+def scraped(log: Path, every_s: float) -> Iterator[None]:
+    """The metrics endpoint is read every so often, by a process of its own; 0: not at all."""
+    if not every_s:
+        yield
+        return
+    url = re.search(r"metrics at (http\S+)", log.read_text())
+    assert url, "the arbiter's log names its endpoint"
+    scraper = subprocess.Popen([sys.executable, "-c", SCRAPER, url[1], str(every_s)])
+    try:
+        yield
+    finally:
+        scraper.kill()
+        scraper.wait()
+
+
+def round_trips(clients: int, rounds: int, scrape_every_s: float = 0.0) -> dict[str, Any]:
     """p50 and p99 of one backend's round trip beside `clients` - 1 others."""
-    with tempfile.TemporaryDirectory() as directory, arbiter(Path(directory)) as path:
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        arbiter(Path(directory)) as path,
+        scraped(Path(directory) / "arbiter.log", scrape_every_s),
+    ):
         others = _child("--others", str(clients - 1), path, stdout=subprocess.PIPE) if clients > 1 else None
         try:
             if others is not None and others.stdout is not None:
@@ -322,7 +351,7 @@ def round_trips(clients: int, rounds: int) -> dict[str, Any]:
                 others.kill()
                 others.communicate()
     p50, p99 = map(float, out.split())
-    return {"clients": clients, "us_p50": p50, "us_p99": p99}
+    return {"clients": clients, "scrape_every_s": scrape_every_s, "us_p50": p50, "us_p99": p99}
 
 
 def _child(verb: str, argument: str, path: Path, stdout: int) -> subprocess.Popen[str]:
@@ -350,6 +379,8 @@ def study(events: int, rounds: int) -> dict[str, Any]:
     for clients in CLIENTS:
         growth.append(round_trips(clients, rounds))
         say(f"round trip, {clients} clients: p50 {growth[-1]['us_p50']} us, p99 {growth[-1]['us_p99']} us")
+    scrape = round_trips(SCRAPED_CLIENTS, rounds, SCRAPE_EVERY_S)
+    say(f"the same, {SCRAPED_CLIENTS} clients, scraped: p50 {scrape['us_p50']} us, p99 {scrape['us_p99']} us")
     figures = {
         "decision_us_p50": one["us_p50"],
         "decision_us_p99": one["us_p99"],
@@ -366,6 +397,7 @@ def study(events: int, rounds: int) -> dict[str, Any]:
         "seed": SEED,
         "decisions": rows,
         "grant_roundtrip_by_clients": growth,
+        "grant_roundtrip_scraped": scrape,
     }
 
 
