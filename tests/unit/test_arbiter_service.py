@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from dstack_backend import wire
@@ -122,6 +124,34 @@ def test_wait_for_a_grant_is_measured_from_the_first_report() -> None:
     bench.service.received(1, wire.Work(2, 60_000), 4_000)
     wait = bench.control(verb="status", now_us=5_000)["models"]["resnet"]["wait_us"]
     assert (wait["count"], wait["sum"]) == (1, 3_000)
+
+
+def test_telemetry_is_kept_by_session_and_paged() -> None:
+    bench = Bench()
+    for number in range(30):
+        bench.join(number, replace(JOIN, instance=f"resnet_{number}"))
+        for at_us in (1_000, 2_000):
+            told = wire.Telemetry({"waiting_rows": number, "at": at_us})
+            assert bench.service.received(number, told, at_us) == []
+    first = bench.control(verb="telemetry", now_us=2_500_000)
+    second = bench.control(verb="telemetry", since=first["next_since"], now_us=2_500_000)
+    assert (len(first["instances"]), first["more"]) == (24, True)
+    assert (len(second["instances"]), second["more"]) == (6, False)
+    assert second["instances"]["resnet_29#30"] == {
+        "waiting_rows": 29, "at": 2_000, "model": "resnet", "gpu": 0, "session": 30, "age_s": 2.498,
+    }  # fmt: skip
+    bench.service.received(29, wire.Leave(), 3_000)
+    assert bench.control(verb="telemetry", since=29)["instances"] == {}
+
+
+def test_telemetry_without_end_is_not_kept() -> None:
+    """One instance that tells a book must not make everybody's page too large for a packet."""
+    bench = Bench()
+    bench.join()
+    bench.service.received(1, wire.Telemetry({"ok": 1}), 200)
+    bench.service.received(1, wire.Telemetry({"text": "x" * 10_000}), 300)
+    (told,) = bench.control(verb="telemetry")["instances"].values()
+    assert told["ok"] == 1 and "text" not in told
 
 
 def test_done_of_another_engine_s_grant_only_reports_the_queue() -> None:

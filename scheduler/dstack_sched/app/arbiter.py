@@ -43,7 +43,7 @@ Observer: TypeAlias = Callable[[int, Event, int, list[decisions.Decision]], None
 MAX_GRANT_ROWS = 4_096  # engines keep a run time for each batch size: a join must not cost seconds
 SEEN_ROWS = 1_024  # cells of run times in one answer: it must fit into a packet
 MAX_RUNNING_US = 60_000_000  # how long a batch may claim to run on when its instance joins
-VERBS = "ping, plan, status, timeline, run_times, policy"
+VERBS = "ping, plan, status, telemetry, timeline, run_times, policy"
 
 
 class ProtocolError(wire.WireError):
@@ -112,6 +112,8 @@ class ArbiterService:
                 out.append((connection, wire.Pong(nonce)))
             case wire.Join() if session is None:
                 self._join(connection, message, now_us, out)
+            case wire.Telemetry(body) if session:
+                session.note_telemetry(body, now_us)
             case wire.Leave() if session:
                 self._leave(session, now_us, out)
             case wire.Control(body) if session is None:
@@ -251,6 +253,8 @@ class ArbiterService:
                     return {"ok": True} | self.status(now_us)
                 case "timeline":
                     return {"ok": True} | self._timeline(body, now_us)
+                case "telemetry":
+                    return {"ok": True} | arbiter_view.telemetry(self._sessions.values(), body, now_us)
                 case "run_times":
                     return {"ok": True} | self._run_times(body.get("model"))
                 case "policy":

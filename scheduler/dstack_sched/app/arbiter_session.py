@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from dstack_backend import wire
 from dstack_sched.app.arbiter_record import Record
@@ -11,6 +13,7 @@ from dstack_sched.engine.interface import Engine
 
 EPOCH_SHIFT = 32
 ID_MASK = (1 << EPOCH_SHIFT) - 1
+TELEMETRY_CHARACTERS = 4_096  # so that a page of them fits into a packet
 MAX_OUTSTANDING = 16  # an instance that never answers; a sound one has 2: one running, one chained behind it
 
 
@@ -45,6 +48,8 @@ class Session:
     earliest_deadline_us: int = 0
     waiting_since_us: int = 0
     grants: list[Outstanding] = field(default_factory=list)
+    telemetry: Mapping[str, Any] | None = None  # what the instance last told of itself, and when
+    telemetry_us: int = 0
 
     def note_queue(self, waiting: int, deadline_us: int, now_us: int) -> None:
         """The queue as the instance reports it."""
@@ -54,6 +59,11 @@ class Session:
             self.waiting_since_us = 0
         elif not self.waiting_since_us:
             self.waiting_since_us = now_us
+
+    def note_telemetry(self, body: Mapping[str, Any], now_us: int) -> None:
+        """What the instance measured of itself; one that tells too much is not kept."""
+        if len(repr(body)) <= TELEMETRY_CHARACTERS:
+            self.telemetry, self.telemetry_us = body, now_us
 
     def note_grant(self, grant: Outstanding, now_us: int, record: Record) -> None:
         """A grant was given: count it, and how long its rows waited for it."""

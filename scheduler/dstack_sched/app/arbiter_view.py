@@ -11,6 +11,7 @@ from dstack_sched.domain.event import EngineModel
 from dstack_sched.errors import InputError
 
 REPORTS_SHOWN = 8
+TELEMETRY_PAGE = 24
 
 
 def status(
@@ -90,6 +91,30 @@ def _backend(session: Session, now_us: int) -> dict[str, Any]:
     }
 
 
+def telemetry(sessions: Collection[Session], asked: Mapping[str, object], now_us: int) -> dict[str, Any]:
+    """A page of what the instances last told of themselves: {"instances": {NAME: {"model", "gpu", "session",
+    "age_s", ...}}, "next_since", "more"}. asked: since (after that session number). Errors: InputError."""
+    since = _count(asked, "since", 0)
+    told = [each for each in sessions if each.number > since and each.telemetry is not None]
+    told.sort(key=lambda each: each.number)
+    page = told[:TELEMETRY_PAGE]
+    instances = {
+        each.joined.instance: {
+            **(each.telemetry or {}),
+            "model": each.joined.model,
+            "gpu": each.gpu,
+            "session": each.number,
+            "age_s": round((now_us - each.telemetry_us) / 1e6, 3),
+        }
+        for each in page
+    }
+    return {
+        "instances": instances,
+        "next_since": page[-1].number if page else since,
+        "more": len(told) > len(page),
+    }
+
+
 def timeline(
     gpus: Mapping[int, Gpu],
     sessions: Collection[Session],
@@ -126,5 +151,5 @@ def timeline(
 def _count(asked: Mapping[str, object], name: str, default: int) -> int:
     value = asked.get(name, default)
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 53:
-        raise InputError(f"timeline: {name} must be a whole number from 0")
+        raise InputError(f"{asked.get('verb', 'timeline')}: {name} must be a whole number from 0")
     return value
