@@ -12,7 +12,6 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -223,19 +222,15 @@ def void(_: object) -> None: ...
 
 
 class FakeGroups:
-    """cuda_groups.SmGroups of a device with `count` groups; shares remember their mask."""
+    """cuda_groups.SmGroups of a device with `count` groups; streams remember their mask."""
 
     def __init__(self, cuda: FakeCuda, count: int = 16):
         self._cuda = cuda
         self.sms = (8,) * count
-        self.shares = 0
 
-    def share(self, mask: int) -> Any:
-        self.shares += 1
-        return SimpleNamespace(stream=lambda: self._cuda.stream(mask), close=self._closed)
-
-    def _closed(self) -> None:
-        self.shares -= 1
+    def stream(self, mask: int) -> int:
+        assert 0 < mask < 1 << len(self.sms)
+        return self._cuda.stream(mask)
 
 
 class CpuSessions(Sessions):
@@ -249,9 +244,16 @@ class CpuSessions(Sessions):
     device_type = dlpack.CPU
 
     def __init__(
-        self, path: Path, options: Any, cuda: FakeCuda, cache: Any = None, *, no_graphs: bool = False
+        self,
+        path: Path,
+        options: Any,
+        cuda: FakeCuda,
+        cache: Any = None,
+        *,
+        nhwc: bool = False,
+        no_graphs: bool = False,
     ):
-        super().__init__(path, 0, options, cuda, cache)
+        super().__init__(path, 0, options, cuda, cache, nhwc=nhwc)
         self.cuda, self.no_graphs = cuda, no_graphs
         self.opened: list[bool] = []
 

@@ -7,6 +7,8 @@ graph on a stream of a share keeps to its SMs wherever the graph is launched (de
 from __future__ import annotations
 
 import ctypes
+import threading
+from functools import lru_cache
 from typing import Any
 
 from dstack_backend.cuda_driver import Driver
@@ -38,7 +40,7 @@ class SmGroups:
     def __init__(self, driver: Driver):
         self._driver = driver
         names = ("cuDeviceGetDevResource", "cuDevSmResourceSplitByCount", "cuDevResourceGenerateDesc",
-                 "cuGreenCtxCreate", "cuGreenCtxDestroy", "cuGreenCtxStreamCreate")  # fmt: skip
+                 "cuGreenCtxCreate", "cuGreenCtxStreamCreate")  # fmt: skip
         driver.use()
         self._entry: dict[str, Any] = {name: driver.entry(name, _CUDA_12_5) for name in names}
         whole, rest = _Resource(), _Resource()
@@ -50,39 +52,41 @@ class SmGroups:
         )  # fmt: skip
         self._resources = list(groups)[: count.value] + ([rest] if rest.sm_count else [])
         self.sms = tuple(resource.sm_count for resource in self._resources)
+        self._lock = threading.Lock()
+        self._contexts: dict[int, ctypes.c_void_p] = {}
         if len(self.sms) < 2:
             raise DeviceError(f"the {whole.sm_count} SMs of this GPU cannot be split into groups")
 
-    def share(self, mask: int) -> Share:
-        """A share of the groups in the mask, to be closed."""
-        chosen = [resource for bit, resource in enumerate(self._resources) if mask >> bit & 1]
-        return Share(self._driver, self._entry, chosen)
+    def stream(self, mask: int) -> int:
+        """A stream on the SMs of the groups in the mask; Driver.destroy_stream ends it.
 
-
-class Share:
-    """A green context and its streams."""
-
-    def __init__(self, driver: Driver, entry: dict[str, Any], resources: list[_Resource]):
-        self._driver, self._entry = driver, entry
-        driver.use()
-        description, context = ctypes.c_void_p(), ctypes.c_void_p()
-        chosen = (_Resource * len(resources))(*resources)
-        entry["cuDevResourceGenerateDesc"](ctypes.byref(description), chosen, ctypes.c_uint(len(resources)))
-        entry["cuGreenCtxCreate"](
-            ctypes.byref(context), description, driver.device, ctypes.c_uint(_DEFAULT_STREAM)
-        )
-        self._context = context
-
-    def stream(self) -> int:
-        """A stream on these SMs; Driver.destroy_stream ends it."""
+        Green contexts stay until the process ends: destroying one does not give its memory back (4 MB each
+        on an H100), so a model that is loaded again takes those that are there. """
+        with self._lock:
+            if mask not in self._contexts:
+                self._contexts[mask] = self._context(mask)
+            context = self._contexts[mask]
         self._driver.use()
         stream = ctypes.c_void_p()
         self._entry["cuGreenCtxStreamCreate"](
-            ctypes.byref(stream), self._context, ctypes.c_uint(_NON_BLOCKING), ctypes.c_int(0)
+            ctypes.byref(stream), context, ctypes.c_uint(_NON_BLOCKING), ctypes.c_int(0)
         )
         return stream.value or 0
 
-    def close(self) -> None:
-        """After its streams and what was captured on them are gone."""
+    def _context(self, mask: int) -> ctypes.c_void_p:
+        chosen = [resource for bit, resource in enumerate(self._resources) if mask >> bit & 1]
         self._driver.use()
-        self._entry["cuGreenCtxDestroy"](self._context)
+        description, context = ctypes.c_void_p(), ctypes.c_void_p()
+        self._entry["cuDevResourceGenerateDesc"](
+            ctypes.byref(description), (_Resource * len(chosen))(*chosen), ctypes.c_uint(len(chosen))
+        )
+        self._entry["cuGreenCtxCreate"](
+            ctypes.byref(context), description, self._driver.device, ctypes.c_uint(_DEFAULT_STREAM)
+        )
+        return context
+
+
+@lru_cache(maxsize=8)
+def sm_groups(driver: Driver) -> SmGroups:
+    """The groups of a device, split once a process. Raises DeviceError as SmGroups does."""
+    return SmGroups(driver)

@@ -30,7 +30,7 @@ class Levels:
 
     @property
     def homes(self) -> list[int]:
-        """The masks to prepare, the one of a run that names no level first."""
+        """The masks to prepare, the one of a run that names no level first: 0 where there are no levels."""
         own = self.mask()
         return [own, *(mask for mask in self._masks.values() if mask != own)]
 

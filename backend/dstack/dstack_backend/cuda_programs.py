@@ -15,6 +15,7 @@ from typing import Any
 
 import onnxruntime as ort
 
+from dstack_backend.cuda_pace import Pace
 from dstack_backend.cuda_sessions import Sessions
 from dstack_backend.cuda_slots import Rows, Slot
 from dstack_backend.errors import ModelError
@@ -39,6 +40,7 @@ class Program:
         graphs: bool,
     ):
         self.size, self.stream = size, stream
+        self.pace = Pace()
         self._cuda = cuda
         self._executable = 0
         self._inputs: dict[str, Rows] = {}
@@ -71,12 +73,13 @@ class Program:
         copy = self._cuda.copy
         for name, target in self._inputs.items():
             copy(target.device, slot.inputs[name].device, rows * target.row_bytes, stream)
-        self._start(stream)
+        self.start(stream)
         for name in names:
             source = self._outputs[name]
             copy(slot.outputs[name].device, source.device, rows * source.row_bytes, stream)
 
-    def _start(self, stream: int) -> None:
+    def start(self, stream: int) -> None:
+        """Queue the model alone."""
         if self._executable:
             self._cuda.launch(self._executable, stream)
         else:
@@ -88,11 +91,11 @@ class Program:
         where the graph would depend on host memory.
         """
         for _ in range(WARM_UPS):
-            self._start(self.stream)
+            self.start(self.stream)
         self._cuda.wait(self.stream)
         self._cuda.begin_capture(self.stream)
         try:
-            self._start(self.stream)
+            self.start(self.stream)
         finally:
             graph = self._cuda.end_capture(self.stream)
         if self._cuda.touches_host(graph):
@@ -107,7 +110,7 @@ class Program:
         for rows in self._outputs.values():  # what was there before must not pass for an answer
             rows.host().view("u1").fill(0xFF)
             self._cuda.upload(rows.device, rows.host().ctypes.data, rows.size_bytes)
-        self._start(self.stream)
+        self.start(self.stream)
         for rows in self._outputs.values():
             self._cuda.to_host(rows.host().ctypes.data, rows.device, rows.size_bytes, self.stream)
         self._cuda.wait(self.stream)

@@ -14,7 +14,7 @@ import onnxruntime as ort
 from dstack_backend import dlpack
 from dstack_backend.errors import ModelError, one_line
 from dstack_backend.onnx_file import external_files
-from dstack_backend.optimized import WEIGHTS, Cache, key_of
+from dstack_backend.optimized import Cache, key_of
 from dstack_backend.runtime import open_onnx, session_options, specs_of
 from dstack_backend.tensors import Array, TensorSpec
 from dstack_backend.weights import SharedWeights
@@ -25,7 +25,9 @@ CONV_SEARCHES = ("HEURISTIC", "EXHAUSTIVE", "DEFAULT")
 AGREEMENT = 0.02  # largest relative difference of two runs, by norm: algorithms may differ (TF32)
 TRIAL_ROWS = 2
 SHARED_FROM_BYTES = 1024  # smaller weights stay in the model: some are shapes that ONNX Runtime must see
-_LAYOUT = "1"  # of cache entries
+_MODEL, _WEIGHTS = "model.onnx", "weights.bin"  # of a cache entry
+_FORM = "2"  # of cache entries; another one for each change of what they hold
+LAYOUTS = ("auto", "nchw", "nhwc")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,14 +36,15 @@ class CudaOptions:
 
     cuda_graphs: try them. tf32: let FP32 matrix products use TF32, ONNX Runtime's default.
     conv_algo_search: HEURISTIC loads fast and the same everywhere; EXHAUSTIVE benchmarks while loading.
-    memory_limit_bytes: bound of the device memory that the model takes beside CUDA's own, 0 for none.
-    process_memory_limit_bytes: bound that MPS sets to the process, 0 for none.
-    levels: GPU% that a run can name, by green contexts; empty: the share is MPS's, for the whole process.
-    """
+    conv_layout: nhwc runs convolutions with channels last, which many GPUs do faster; auto: where a trial
+    shows it. memory_limit_bytes: bound of the device memory that the model takes beside CUDA's own, 0 for
+    none. process_memory_limit_bytes: bound that MPS sets to the process, 0 for none. levels: GPU% that a
+    run can name, by green contexts; empty: the share is MPS's, for the whole process. """
 
     cuda_graphs: bool = True
     tf32: bool = True
     conv_algo_search: str = "HEURISTIC"
+    conv_layout: str = "auto"
     memory_limit_bytes: int = 0
     process_memory_limit_bytes: int = 0
     levels: tuple[float, ...] = ()
@@ -51,6 +54,8 @@ class CudaOptions:
             raise ModelError(
                 f"conv_algo_search {self.conv_algo_search!r}: one of {', '.join(CONV_SEARCHES)} is wanted"
             )
+        if self.conv_layout not in LAYOUTS:
+            raise ModelError(f"conv_layout {self.conv_layout!r}: one of {', '.join(LAYOUTS)} is wanted")
         if any(not 0 < level <= 100 for level in self.levels):
             raise ModelError(f"levels {list(self.levels)}: numbers in (0, 100] are wanted")
 
@@ -63,12 +68,33 @@ class Sessions:
     device_type = dlpack.CUDA
 
     def __init__(
-        self, model_path: Path, device_id: int, options: CudaOptions, memory: Any, cache: Cache | None = None
+        self,
+        model_path: Path,
+        device_id: int,
+        options: CudaOptions,
+        memory: Any,
+        cache: Cache | None = None,
+        *,
+        nhwc: bool = False,
     ):
         self.path, self.device_id, self.options = model_path, device_id, options
-        self._memory, self._cache = memory, cache or Cache()
+        self.cache, self.nhwc = cache or Cache(), nhwc
+        self._memory = memory
         self._weights: SharedWeights | None = None
         self._optimized: Path | None = None
+
+    @property
+    def traits(self) -> list[str]:
+        """What, beside the model and the layout, changes how it is optimised and how fast it is."""
+        options = self.options
+        return [
+            _FORM,
+            ort.__version__,
+            self.provider,
+            self._memory.name(),
+            str(options.tf32),
+            options.conv_algo_search,
+        ]
 
     @property
     def shared_bytes(self) -> int:
@@ -91,14 +117,12 @@ class Sessions:
         """
         if self._weights is not None:
             return
-        traits = [_LAYOUT, ort.__version__, self.provider, self._memory.name(), str(self.options.tf32)]
         try:
             size_bytes = sum(path.stat().st_size for path in (self.path, *external_files(self.path)))
-            path = self._cache.get(
-                key_of(self.path, traits), lambda made: self._optimize(made, stream), size_bytes
-            )
-            self._weights = SharedWeights(path, self._memory, (self.device_type, self.device_id))
-            self._optimized = path
+            key = key_of(self.path, [*self.traits, str(self.nhwc)])
+            entry = self.cache.get(key, lambda made: self._optimize(made / _MODEL, stream), size_bytes)
+            self._weights = SharedWeights(entry / _MODEL, self._memory, (self.device_type, self.device_id))
+            self._optimized = entry / _MODEL
         except Exception as error:  # whatever is wrong with sharing, the model can be served without
             log.info("%s: its sessions have weights of their own: %s", self.path, one_line(error))
 
@@ -111,7 +135,7 @@ class Sessions:
         """Write the model as optimised for this device; raise where it cannot be served from that."""
         options = session_options()
         options.optimized_model_filepath = str(path)
-        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", WEIGHTS)
+        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", _WEIGHTS)
         options.add_session_config_entry(
             "session.optimized_model_external_initializers_min_size_in_bytes", str(SHARED_FROM_BYTES)
         )
@@ -142,6 +166,7 @@ class Sessions:
         self, path: Path, options: ort.SessionOptions, stream: int, graphs: bool
     ) -> ort.InferenceSession:
         options.intra_op_num_threads = 1  # nodes on the CPU are few and small
+        options.enable_mem_pattern = False  # what the first run took would lie beside what the pattern takes
         return open_onnx(path, [(self.provider, self._provider_options(stream, graphs))], options)
 
     def _provider_options(self, stream: int, graphs: bool) -> dict[str, Any]:
@@ -152,6 +177,7 @@ class Sessions:
             "arena_extend_strategy": "kSameAsRequested",
             "use_tf32": int(self.options.tf32),
             "enable_cuda_graph": int(graphs),
+            "prefer_nhwc": int(self.nhwc),
         }
         if self.options.memory_limit_bytes:
             found["gpu_mem_limit"] = max(1, self.options.memory_limit_bytes - self.shared_bytes)
@@ -194,7 +220,8 @@ def agree(one: Array, other: Array) -> bool:
     if one.dtype.kind != "f":
         return bool(np.array_equal(one, other))
     a, b = one.astype(np.float64), other.astype(np.float64)
-    if not np.array_equal(np.isfinite(a), np.isfinite(b)):
-        return False
     finite = np.isfinite(a)
-    return bool(np.linalg.norm((a - b)[finite]) <= AGREEMENT * np.linalg.norm(a[finite]) + 1e-12)
+    if not np.array_equal(finite, np.isfinite(b)):
+        return False
+    a, b = a[finite], b[finite]
+    return bool(np.linalg.norm(a - b) <= AGREEMENT * np.linalg.norm(a) + 1e-12)

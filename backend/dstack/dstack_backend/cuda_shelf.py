@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeAlias
 
 from dstack_backend.cuda_groups import SmGroups
@@ -16,6 +17,7 @@ from dstack_backend.tensors import Array
 log = logging.getLogger("dstack")
 
 Key: TypeAlias = tuple[int, int]  # (mask of SM groups, 0: all that the process has; batch size)
+THREADS = 4  # that prepare programs at a time
 MAX_EXTRA = 24  # programs made on demand beyond those of warm-up; the longest unused ones go first
 Trial: TypeAlias = Callable[[int], tuple[Mapping[str, Array], list[Array]]]  # size -> feeds, wanted answers
 
@@ -43,10 +45,9 @@ class Shelf:
         self.graphs = graphs  # as long as none failed
         self.bound = True  # as long as programs answer rightly at all
         self.used_bytes = 0
+        self.launching = threading.Lock()  # held from find() until what was found is queued
         self._lock = threading.Lock()
         self._programs: dict[Key, Program] = {}
-        self._shares: dict[int, Any] = {}
-        self._streams: dict[Key, int] = {}
         self._kept: set[Key] = set()  # from warm-up
         self._last_use: dict[Key, int] = {}
         self._uses = 0
@@ -77,59 +78,74 @@ class Shelf:
             size = min(sizes)
             masks = [each for each, its in self._programs if its == size]
             nearest = min(masks, key=lambda each: distance(each, mask))
-            self._uses += 1
-            self._last_use[nearest, size] = self._uses
+            if nearest == mask or not mask:  # one that stands in for another is not wanted for itself
+                self._uses += 1
+                self._last_use[nearest, size] = self._uses
             program = self._programs[nearest, size]
         if nearest != mask:
             self.wish(mask, size)
         return nearest, program
 
-    def prepare(self, mask: int, size: int, *, keep: bool = True) -> bool:
-        """Make a program if it is not there. False: it cannot be had, which is logged once."""
-        key = mask, size
-        with self._lock:
-            known = key in self._programs
-            if keep and known:
-                self._kept.add(key)
-        if known or key in self._refused or not self.bound:
-            return known
-        program = self._attempt(key, graphs=True) if self.graphs else None
-        if program is None and self._groups is None and not self._is_full():
-            program = self._attempt(key, graphs=False)
-            self.bound = program is not None or bool(self._programs)
-        if program is None:
-            self._refused.add(key)
-            return False
-        with self._lock:
-            self._programs[key] = program
-            self._last_use[key] = self._uses
-            if keep:
-                self._kept.add(key)
-        self._make_room()
-        return True
+    def prepare(self, keys: Sequence[Key], *, keep: bool = True) -> None:
+        """Make the programs that are not there. What cannot be had is logged, once; batches do without.
 
-    def _attempt(self, key: Key, *, graphs: bool) -> Program | None:
-        mask, size = key
-        if self._is_full():
-            log.warning("%s: no program for batch size %d: gpu_memory_limit_mb is reached", self._name, size)
-            return None
+        Several at a time: cuDNN compiles kernels for each on the host. One at a time where memory is
+        bounded, to see what each takes. Raises DeviceLostError. """
+        with self._lock:
+            if keep:
+                self._kept.update(keys)
+            missing = [key for key in keys if key not in self._programs and key not in self._refused]
+        if not missing or not self.bound:
+            return
+        self._attempt_all(missing[:1])  # the first says whether the model can be captured
+        several = 1 if self._limit_bytes else THREADS
+        with ThreadPoolExecutor(several, thread_name_prefix="dstack-prepare") as pool:
+            for first in range(1, len(missing), several):
+                self._attempt_all(missing[first : first + several], pool)
+        self._make_room()
+
+    def _attempt_all(self, keys: Sequence[Key], pool: ThreadPoolExecutor | None = None) -> None:
+        """Make these programs at the same time, then see what they took."""
         free_before = self._cuda.memory_info()[0]
-        program = None
-        stream = 0
+        made = list(pool.map(self._attempt, keys)) if pool else [self._attempt(key) for key in keys]
+        taken_bytes = max(0, free_before - self._cuda.memory_info()[0])
+        if self._limit_bytes and self.used_bytes + taken_bytes > self._limit_bytes:
+            for key, program in zip(keys, made, strict=True):
+                if program is not None:
+                    log.warning("%s: no program for batch size %d: gpu_memory_limit_mb would be exceeded",
+                                self._name, key[1])  # fmt: skip
+                    self._end(program)
+            made = [None] * len(keys)
+        else:
+            self.used_bytes += taken_bytes
+        with self._lock:
+            for key, program in zip(keys, made, strict=True):
+                if program is None:
+                    self._refused.add(key)
+                else:
+                    self._programs[key] = program
+
+    def _attempt(self, key: Key) -> Program | None:
+        """A program that passed its trial: with a graph, else bound where the share is fixed, else None."""
+        program = self._try(key, graphs=True) if self.graphs else None
+        if program is None and self._groups is None and not self.graphs:
+            program = self._try(key, graphs=False)
+            self.bound = program is not None or bool(self._programs)
+        return program
+
+    def _try(self, key: Key, *, graphs: bool) -> Program | None:
+        mask, size = key
+        program, stream = None, 0
         try:
-            stream = self._stream_on(mask)
+            stream = self._groups.stream(mask) if self._groups else self._cuda.stream()
             program = self._make(size, stream, graphs)
             if graphs:
                 program.capture()
             self._check(program)
-            self._streams[key] = stream
-            self.used_bytes += max(0, free_before - self._cuda.memory_info()[0])
             return program
         except DeviceLostError:
             raise
-        except (
-            Exception
-        ) as error:  # whatever cannot be captured or bound, ONNX Runtime's own path can still do
+        except Exception as error:  # ONNX Runtime's own path can still do what cannot be captured or bound
             what = "CUDA graph" if graphs else "bound buffers"
             log.warning("%s: no %s at batch size %d: %s", self._name, what, size, one_line(error))
         self._cuda.check()
@@ -151,20 +167,10 @@ class Shelf:
             if len(got) != len(wanted) or not all(map(agree, wanted, got)):
                 raise ModelError("its outputs differ from a plain run")
 
-    def _stream_on(self, mask: int) -> int:
-        if not mask or self._groups is None:
-            return int(self._cuda.stream())
-        if mask not in self._shares:
-            self._shares[mask] = self._groups.share(mask)
-        return int(self._shares[mask].stream())
-
-    def _is_full(self) -> bool:
-        return bool(self._limit_bytes) and self.used_bytes >= self._limit_bytes
-
     # On demand
 
     def wish(self, mask: int, size: int) -> None:
-        """Have a program made in the background; at once where that is not possible, nothing happens."""
+        """Have a program made in the background, where one can be had."""
         key = mask, size
         with self._lock:
             refused = key in self._programs or key in self._refused or key in self._wished
@@ -184,7 +190,7 @@ class Shelf:
                     return
                 key = self._wished[0]
             try:
-                self.prepare(*key, keep=False)
+                self.prepare([key], keep=False)
             except Exception as error:  # a lost device: the next launch says so to whom it concerns
                 log.error("%s: cannot prepare SM groups %x: %s", self._name, key[0], one_line(error))
                 self._refused.add(key)
@@ -194,19 +200,22 @@ class Shelf:
     def _make_room(self) -> None:
         """Drop the longest unused programs beyond MAX_EXTRA."""
         while True:
-            with self._lock:
+            with self.launching, self._lock:
                 extra = [key for key in self._programs if key not in self._kept]
                 if len(extra) <= MAX_EXTRA:
                     return
-                key = min(extra, key=lambda each: self._last_use.get(each, 0))
+                key = min(extra, key=lambda each: self._last_use.get(each, self._uses))
                 program = self._programs.pop(key)
-            self._cuda.wait(self._compute)  # its last launch, if it is still under way
-            self._drop(key, program)
+            self._cuda.wait(self._compute)  # its last launch, if that is still under way
+            self._drop(program)
 
-    def _drop(self, key: Key, program: Program) -> None:
-        free_before = self._cuda.memory_info()[0]
+    def _end(self, program: Program) -> None:
         program.close()
-        self._cuda.destroy_stream(self._streams.pop(key))
+        self._cuda.destroy_stream(program.stream)
+
+    def _drop(self, program: Program) -> None:
+        free_before = self._cuda.memory_info()[0]
+        self._end(program)
         self.used_bytes = max(0, self.used_bytes - max(0, self._cuda.memory_info()[0] - free_before))
 
     def clear(self) -> None:
@@ -214,8 +223,8 @@ class Shelf:
         with self._lock:
             programs, self._programs = self._programs, {}
             self._kept.clear()
-        for key, program in programs.items():
-            self._drop(key, program)
+        for program in programs.values():
+            self._drop(program)
 
     def close(self) -> None:
         """Stop the thread and drop everything."""
@@ -225,9 +234,6 @@ class Shelf:
         if thread is not None:
             thread.join()
         self.clear()
-        for share in self._shares.values():
-            share.close()
-        self._shares.clear()
 
 
 def distance(have: int, wanted: int) -> tuple[int, int, int]:

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from dstack_backend.errors import ModelError
+
+Part = TypeVar("Part")
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # wire types
 _EXTERNAL = 1  # TensorProto.DataLocation
@@ -40,25 +43,32 @@ class Weight:
 
 def external_weights(path: Path) -> tuple[Weight, ...]:
     """The initializers that lie outside the file, in its order. Raises ModelError."""
-    try:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as whole:
-            data = memoryview(whole)
-            try:
-                return tuple(
-                    weight
-                    for graph in _messages(data, 7)
-                    for tensor in _messages(graph, 5)
-                    if (weight := _weight(tensor)) is not None
-                )
-            finally:
-                data.release()
-    except (OSError, ValueError, IndexError, KeyError) as error:
-        raise ModelError(f"{path}: not an ONNX file that can be read ({error})") from error
+    return tuple(weight for weight in _read(path, 5, _weight) if weight is not None)
+
+
+def operators(path: Path) -> frozenset[str]:
+    """The operators of a model's graph, without those of its subgraphs. Raises ModelError."""
+    return frozenset(_read(path, 1, _operator))
 
 
 def external_files(path: Path) -> tuple[Path, ...]:
     """The files beside a model that hold its weights, sorted."""
     return tuple(sorted({path.parent / weight.file for weight in external_weights(path)}))
+
+
+def _read(path: Path, field: int, take: Callable[[memoryview], Part]) -> list[Part]:
+    """What `take` makes of each message in a field of the model's graph."""
+    try:
+        with path.open("rb") as file:  # the map goes when the last view of it does
+            whole = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        return [take(part) for graph in _messages(whole, 7) for part in _messages(graph, field)]
+    except (OSError, ValueError, IndexError, KeyError) as error:
+        raise ModelError(f"{path}: not an ONNX file that can be read ({error})") from error
+
+
+def _operator(node: memoryview) -> str:
+    names = [bytes(value) for field, value in _fields(node) if field == 4 and not isinstance(value, int)]
+    return names[-1].decode() if names else ""
 
 
 def _weight(tensor: memoryview) -> Weight | None:

@@ -1,5 +1,4 @@
-"""Models as ONNX Runtime optimised them, kept in a private cache: <key>/model.onnx, its weights.bin, and the
-checksums of both.
+"""What was found out or made for a model once, kept in a private cache: a directory an entry, with checksums.
 
 The key tells the content of the model, the device, ONNX Runtime's version and the options that matter, so an
 entry never goes stale. Model repositories may be read-only: nothing is written there.
@@ -15,13 +14,14 @@ import shutil
 import tempfile
 import zlib
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 from pathlib import Path
 
 from dstack_backend.errors import DeviceError
 from dstack_backend.onnx_file import external_files
 
 CACHE_VARIABLE = "DSTACK_CACHE_DIR"
-MODEL, WEIGHTS, SUMS = "model.onnx", "weights.bin", "sums.json"
+SUMS = "sums.json"
 MAX_BYTES = 32 << 30
 SPARE_BYTES = 1 << 30  # of the disk, left to others
 
@@ -36,15 +36,25 @@ def cache_directory(environ: dict[str, str] | None = None) -> Path:
 
 
 def key_of(model_path: Path, traits: Iterable[str]) -> str:
-    """The name of a model's entry: a digest of its files and of the traits that its optimised form has."""
+    """The name of an entry: a digest of a model's files and of the traits that change what is in it."""
     digest = hashlib.blake2b(digest_size=20)
-    for trait in traits:
-        digest.update(trait.encode() + b"\0")
-    for path in (model_path, *external_files(model_path)):
-        digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
-        with path.open("rb") as file:
-            while chunk := file.read(1 << 22):
-                digest.update(chunk)
+    for part in (*traits, *(content_of(path) for path in (model_path, *external_files(model_path)))):
+        digest.update(part.encode() + b"\0")
+    return digest.hexdigest()
+
+
+def content_of(path: Path) -> str:
+    """Name and digest of a file."""
+    status = path.stat()
+    return f"{path.name}:{_digest(path, status.st_ino, status.st_size, status.st_mtime_ns)}"
+
+
+@lru_cache(maxsize=64)
+def _digest(path: Path, *_: int) -> str:
+    digest = hashlib.blake2b(digest_size=20)
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
     return digest.hexdigest()
 
 
@@ -59,7 +69,7 @@ class Cache:
         self._max_bytes = max_bytes
 
     def get(self, key: str, make: Callable[[Path], None], size_bytes: int) -> Path:
-        """The model of an entry; where there is none, make(path of the model to write) makes it first.
+        """The directory of an entry; where there is none, make(directory to fill) makes it first.
 
         size_bytes: about what it will take. Several processes may make the same entry: one stays.
         """
@@ -68,12 +78,12 @@ class Cache:
         if entry.is_dir():
             if is_whole(entry):
                 os.utime(entry)
-                return entry / MODEL
+                return entry
             shutil.rmtree(entry, ignore_errors=True)
         self._make_room(size_bytes)
         made = Path(tempfile.mkdtemp(prefix=".making-", dir=self._directory))
         try:
-            make(made / MODEL)
+            make(made)
             seal(made)
             try:
                 made.rename(entry)
@@ -82,7 +92,7 @@ class Cache:
                     raise
         finally:
             shutil.rmtree(made, ignore_errors=True)
-        return entry / MODEL
+        return entry
 
     def _check_owner(self) -> None:
         """Sessions trust what lies here: it must be ours alone."""
@@ -127,7 +137,7 @@ def is_whole(entry: Path) -> bool:
     """Whether the files of an entry are those that were sealed."""
     try:
         sums = json.loads((entry / SUMS).read_text(encoding="utf-8"))
-        return MODEL in sums and all(checksum(entry / name) == wanted for name, wanted in sums.items())
+        return all(checksum(entry / name) == wanted for name, wanted in sums.items())
     except (OSError, ValueError, AttributeError):
         return False
 

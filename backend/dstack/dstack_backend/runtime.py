@@ -169,6 +169,9 @@ def rows_of(feeds: Mapping[str, Array]) -> int:
     return first.shape[0] if first is not None and first.ndim else 0
 
 
+ort.set_default_logger_severity(3)  # errors; each session would warn that no plugin device is registered
+
+
 def session_options() -> ort.SessionOptions:
     """Options that every session of ours shares."""
     options = ort.SessionOptions()

@@ -21,14 +21,17 @@ from typing import Any
 import numpy as np
 
 from dstack_backend.cuda_driver import driver
-from dstack_backend.cuda_groups import SmGroups
+from dstack_backend.cuda_groups import SmGroups, sm_groups
+from dstack_backend.cuda_layout import with_best_layout
 from dstack_backend.cuda_levels import Levels
+from dstack_backend.cuda_pace import Finish
 from dstack_backend.cuda_plain import PlainBatch, PlainPath
 from dstack_backend.cuda_programs import Program
 from dstack_backend.cuda_sessions import CudaOptions, Sessions, is_bound, samples
 from dstack_backend.cuda_shelf import Shelf
 from dstack_backend.cuda_slots import Slot, Slots, rows_of
 from dstack_backend.errors import BackendError, DeviceError, DeviceLostError, RunError, one_line
+from dstack_backend.optimized import Cache
 from dstack_backend.runtime import specs_of
 from dstack_backend.session import Running, Staged, TwoPhases
 from dstack_backend.staging import aligned
@@ -51,7 +54,11 @@ def load_cuda_session(
     limit_process(100.0 if options.levels else gpu_percent)
     cuda = driver(device_id)
     try:
-        return CudaSession(Sessions(model_path, device_id, options, cuda), cuda, gpu_percent)
+        cache = Cache()
+        sessions = with_best_layout(
+            lambda nhwc: Sessions(model_path, device_id, options, cuda, cache, nhwc=nhwc), cuda
+        )
+        return CudaSession(sessions, cuda, gpu_percent)
     except DeviceError:
         raise
     except RunError as error:  # a device that was lost while loading
@@ -74,16 +81,14 @@ class CudaSession(TwoPhases):
     def __init__(self, sessions: Sessions, cuda: Any, gpu_percent: float, groups: SmGroups | None = None):
         options = sessions.options
         self._cuda, self._sessions, self._gpu_percent = cuda, sessions, gpu_percent
-        self._lock = threading.Lock()  # launches
         self._pinned: dict[int, Array] = {}  # by address: the memory that allocate() has given out
-        self._last: tuple[int, Slot] | None = None  # stream and slot of the last launch
+        self._last: tuple[int, CudaBatch] | None = None  # the last launch and its stream
         free_before = cuda.memory_info()[0]
-        self._groups = (groups or SmGroups(cuda)) if options.levels else None
+        self._groups = (groups or sm_groups(cuda)) if options.levels else None
         group_count = len(self._groups.sms) if self._groups else 0
         self._levels = Levels(group_count, gpu_percent, options.levels, str(sessions.path))
         self._streams = self._copy_in, self._compute, self._copy_out = [cuda.stream() for _ in range(3)]
-        self._share = self._groups.share(self._levels.mask()) if self._groups else None
-        self._plain_stream = self._share.stream() if self._share else cuda.stream()
+        self._plain_stream = self._groups.stream(self._levels.mask()) if self._groups else cuda.stream()
         try:
             if options.cuda_graphs:
                 sessions.share(self._plain_stream)
@@ -133,9 +138,7 @@ class CudaSession(TwoPhases):
     def warm_up(self, batch_sizes: Sequence[int]) -> None:
         """Make the programs of these batch sizes, at every level. Raises DeviceLostError."""
         sizes = sorted({size for size in batch_sizes if size > 0})
-        for mask in self._levels.homes or [0]:
-            for size in sizes:
-                self._shelf.prepare(mask, size)
+        self._shelf.prepare([(mask, size) for mask in self._levels.homes for size in sizes])
         self._slots.capacity = max([self._slots.capacity, *self._shelf.sizes])
 
     def forget(self) -> None:
@@ -200,7 +203,7 @@ class CudaSession(TwoPhases):
             return self._run_plain(staged, names, device_outputs)
         assert isinstance(staged, CudaBatch)
         try:
-            with as_run_errors(self._cuda), self._lock:
+            with as_run_errors(self._cuda), self._shelf.launching:
                 self._cuda.use()
                 self._queue(staged, names, tuple(device_outputs), sm_groups or self._levels.mask(gpu_percent))
         except BaseException:
@@ -216,14 +219,17 @@ class CudaSession(TwoPhases):
         cuda, slot = self._cuda, batch.slot
         stream = self._compute if program.captured else program.stream
         cuda.hold(stream, slot.event["arrived"])
+        ahead = self._last[1] if self._last else None
         if self._last and self._last[0] != stream:
-            cuda.hold(stream, self._last[1].event["computed"])
+            cuda.hold(stream, self._last[1].slot.event["computed"])
         cuda.record(slot.event["started"], stream)
         program.run(slot, batch.rows, dict.fromkeys((*names, *left)), stream)
         cuda.record(slot.event["computed"], stream)
-        self._last = stream, slot
         slot.leave(names, batch.rows, self._copy_out)
-        batch.launched(names, left, self._levels.percent(mask) if mask else self._gpu_percent, mask)
+        batch.launched(names, left, program.pace.behind(ahead.finish if ahead else None))
+        batch.gpu_percent = self._levels.percent(mask) if mask else self._gpu_percent
+        batch.sm_groups = mask
+        self._last = stream, batch
 
     def _run_plain(self, batch: PlainBatch, names: Sequence[str], left: Sequence[str]) -> PlainBatch:
         with as_run_errors(self._cuda):
@@ -235,11 +241,12 @@ class CudaSession(TwoPhases):
         """Give the device memory back, once nothing is under way."""
         if not self._streams:
             return
-        self._cuda.use()
-        for stream in self._streams:
-            with contextlib.suppress(BackendError):  # a lost device has nothing under way
+        with contextlib.suppress(
+            DeviceLostError
+        ):  # nothing is under way there, and all of it is gone already
+            self._cuda.use()
+            for stream in self._streams:
                 self._cuda.wait(stream)
-        with contextlib.suppress(DeviceLostError):
             self._shelf.close()
             self._slots.close()
             for array in self._pinned.values():
@@ -256,8 +263,6 @@ class CudaSession(TwoPhases):
             self._sessions.close()
             for stream in (*self._streams, self._plain_stream):
                 self._cuda.destroy_stream(stream)
-            if self._share is not None:
-                self._share.close()
         self._streams = []
 
 
@@ -271,14 +276,12 @@ class CudaBatch:
         self._names: tuple[str, ...] = ()
         self._left: tuple[str, ...] = ()
         self._times_us: dict[str, int] = {}
+        self.finish: Finish | None = None
         self._closing = threading.Lock()
         self._closed = False
 
-    def launched(
-        self, names: tuple[str, ...], left: tuple[str, ...], gpu_percent: float, sm_groups: int
-    ) -> None:
-        self._names, self._left = names, left
-        self.gpu_percent, self.sm_groups = gpu_percent, sm_groups
+    def launched(self, names: tuple[str, ...], left: tuple[str, ...], finish: Finish) -> None:
+        self._names, self._left, self.finish = names, left, finish
 
     @property
     def times_us(self) -> Mapping[str, int]:
@@ -287,13 +290,20 @@ class CudaBatch:
     def wait(self) -> None:
         with as_run_errors(self._cuda):
             self._cuda.use()
+            if self.finish is not None:
+                self.finish.doze()
             self._cuda.wait_event(self.slot.event["computed"])
+            if self.finish is not None:
+                self.finish.reached()
 
     def outputs(self) -> list[Array]:
         with as_run_errors(self._cuda):
             self._cuda.use()
             self._cuda.wait_event(self.slot.event["left"])
             self._times_us = self.slot.times_us()
+            if self.finish is not None:
+                self.finish.reached()
+                self.finish.pace.learn(self._times_us["run"])
         return [self.slot.outputs[name].host()[: self.rows] for name in self._names]
 
     def device_outputs(self) -> list[DeviceArray]:
@@ -311,6 +321,8 @@ class CudaBatch:
             closed, self._closed = self._closed, True
         if closed:
             return
+        if self.finish is not None:
+            self.finish.reached()
         with contextlib.suppress(BackendError):
             self._cuda.use()
             for event in ("arrived", "computed", "left"):

@@ -1,0 +1,557 @@
+"""The CUDA runtime over a fake device whose streams are lazy: order of copies and runs, programs, weights,
+ends.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dstack_backend import cuda_shelf, cuda_slots
+from dstack_backend.cuda_programs import Program
+from dstack_backend.cuda_sessions import CudaOptions
+from dstack_backend.errors import DeviceError, DeviceLostError, ModelError, RunError
+from dstack_backend.optimized import Cache
+from dstack_backend.runtime import CpuSession
+from dstack_backend.runtime_cuda import CudaSession, limit_process
+from dstack_backend.session import ladder
+from fakes import feature_models as made
+from fakes.cuda import CpuSessions, FakeCuda, FakeGroups, device_array, read
+
+BATCH = 8
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+SIZES = ladder(BATCH)
+GROUPS = 16
+
+
+class Rig:
+    """A model on the fake device, and the same on the CPU."""
+
+    def __init__(self, path: Path, cache: Path):
+        self.path = path
+        self.cuda = FakeCuda()
+        self.groups = FakeGroups(self.cuda, GROUPS)
+        self.reference = CpuSession(path, 1)
+        self.cache = Cache(cache)
+        self.rng = np.random.default_rng(7)
+        self.no_graphs = False
+        self.gpu_percent = 50.0
+
+    def load(self, sizes: Any = SIZES, **options: Any) -> CudaSession:
+        self.sessions = CpuSessions(
+            self.path, CudaOptions(**options), self.cuda, self.cache, no_graphs=self.no_graphs
+        )
+        session = CudaSession(self.sessions, self.cuda, self.gpu_percent, self.groups)
+        session.warm_up(sizes)
+        self.cuda.log.clear()
+        return session
+
+    def rows(self, count: int) -> np.ndarray:
+        return self.rng.standard_normal((count, 16)).astype(np.float32)
+
+    def wanted(self, x: np.ndarray, names: Any = None) -> list[np.ndarray]:
+        return self.reference.run({"x": x}, names)
+
+    def check(self, got: Any, x: np.ndarray, names: Any = None) -> None:
+        for one, other in zip(got, self.wanted(x, names), strict=True):
+            assert one.shape == other.shape
+            np.testing.assert_allclose(one, other, **CLOSE)
+
+
+@pytest.fixture
+def rig(tmp_path: Path) -> Rig:
+    made.save(made.dense(), tmp_path / "dense.onnx")
+    return Rig(tmp_path / "dense.onnx", tmp_path / "cache")
+
+
+@pytest.fixture
+def session(rig: Rig) -> Iterator[CudaSession]:
+    session = rig.load()
+    yield session
+    session.close()
+    rig.cuda.assert_nothing_left()
+
+
+def eventually(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+# Batches
+
+
+@pytest.mark.parametrize("cuda_graphs", [True, False])
+def test_every_batch_size_answers_as_the_cpu_does(rig: Rig, cuda_graphs: bool) -> None:
+    """Rows of earlier, larger batches lie behind in padded buffers: they must not show."""
+    session = rig.load(cuda_graphs=cuda_graphs)
+    assert session.graphs == (4 if cuda_graphs else 0)
+    for rows in (8, 1, 5, 3, 8, 2, 7):
+        x = rig.rows(rows)
+        rig.check(session.run({"x": x}), x)
+        rig.check(session.run({"x": x}, ["mean"]), x, ["mean"])
+    session.close()
+    rig.cuda.assert_nothing_left()
+
+
+def test_batches_overlap_in_any_order_of_waiting(rig: Rig, session: CudaSession) -> None:
+    """Three batches are staged and launched before anyone waits; the last one is waited for first."""
+    batches = [rig.rows(rows) for rows in (5, 8, 1)]
+    staged = [session.stage({"x": x}) for x in batches]
+    running = [session.launch(each) for each in staged]
+    assert "run" not in rig.cuda.log, "nothing but graphs"
+    for index in (2, 0, 1):
+        running[index].wait()
+        rig.check(running[index].outputs(), batches[index])
+        assert running[index].times_us == {"copy_in": 7, "run": 7, "copy_out": 7}
+    for each in running:
+        each.close()
+
+
+def test_memory_that_allocate_gave_is_not_copied_on_the_host(rig: Rig, session: CudaSession) -> None:
+    memory = session.allocate((BATCH, 16), np.float32)
+    memory[:3] = x = rig.rows(3)
+    batch = session.stage({"x": memory[:3]})
+    memory[:3] = 0  # not copied yet: the lazy stream reads what is there when it runs
+    running = session.launch(batch)
+    rig.check(running.outputs(), np.zeros_like(x))
+    running.close()
+
+
+def test_other_memory_may_be_reused_once_staged(rig: Rig, session: CudaSession) -> None:
+    x = rig.rows(3)
+    fed = x.copy()
+    staged = session.stage({"x": fed})
+    fed[:] = 0
+    running = session.launch(staged)
+    rig.check(running.outputs(), x)
+    running.close()
+
+
+def test_parts_from_host_and_device_make_one_batch(rig: Rig, session: CudaSession) -> None:
+    x = rig.rows(7)
+    there = device_array(rig.cuda, x[2:5])
+    parts = [x[:2], there, x[5:6], np.asfortranarray(x[6:])]
+    running = session.launch(session.stage({"x": parts}), ["mean"], device_outputs=["scores"])
+    running.wait()
+    rig.check(running.outputs(), x, ["mean"])
+    (scores,) = running.device_outputs()
+    assert (scores.shape, scores.device_id) == ((7, 5), 0)
+    rig.check([read(rig.cuda, scores)], x, ["scores"])
+    rig.check([read(rig.cuda, scores[2:5])], x[2:5], ["scores"])
+    running.close()
+    rig.cuda.free(there.pointer)
+
+
+def test_tensors_that_stay_on_the_device_make_no_trip_through_the_host(
+    rig: Rig, session: CudaSession
+) -> None:
+    there = device_array(rig.cuda, rig.rows(4))
+    running = session.launch(session.stage({"x": there}), device_outputs=["scores"])
+    running.wait()
+    assert running.outputs() == []
+    assert rig.cuda.log == ["copy", "copy", "launch", "copy"]
+    running.close()
+    rig.cuda.free(there.pointer)
+
+
+def test_outputs_are_views_until_closed_and_copies_from_run(rig: Rig, session: CudaSession) -> None:
+    x = rig.rows(2)
+    kept = session.run({"x": x})
+    for _ in range(cuda_slots.MAX_SLOTS + 1):
+        session.run({"x": rig.rows(2)})
+    rig.check(kept, x)
+
+
+def test_a_batch_given_up_leaves_its_slot_to_another(rig: Rig, session: CudaSession) -> None:
+    for _ in range(3 * cuda_slots.MAX_SLOTS):
+        session.stage({"x": rig.rows(2)}).close()
+    x = rig.rows(2)
+    rig.check(session.run({"x": x}), x)
+
+
+def test_stage_waits_for_a_slot(rig: Rig, session: CudaSession, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = [session.stage({"x": rig.rows(1)}) for _ in range(cuda_slots.MAX_SLOTS)]
+    x, answers = rig.rows(2), []
+    thread = threading.Thread(target=lambda: answers.extend(session.run({"x": x})))
+    thread.start()
+    held[0].close()
+    held[0].close()  # twice is once: the slot must not be given to two batches
+    thread.join(10)
+    rig.check(answers, x)
+    held[0] = session.stage({"x": rig.rows(1)})
+    monkeypatch.setattr(cuda_slots, "LEASE_TIMEOUT_S", 0.01)
+    with pytest.raises(RunError, match=r"4 batches are under way and none was closed in 0.01 s"):
+        session.stage({"x": rig.rows(1)})
+    for each in held:
+        each.close()
+
+
+@pytest.mark.parametrize(
+    ("feeds", "words"),
+    [
+        ({"x": np.zeros((2, 15), np.float32)}, r"input 'x' is float32 \[2, 15\]; the model takes"),
+        ({"x": np.zeros((2, 16), np.float64)}, r"input 'x' is float64 \[2, 16\]; the model takes float32"),
+        ({"x": [np.zeros((1, 16), np.float32), np.zeros((1, 3), np.float32)]}, r"input 'x' is .* \[1, 3\]"),
+    ],
+)
+def test_inputs_of_another_kind_are_refused_and_cost_no_slot(
+    rig: Rig, session: CudaSession, feeds: Any, words: str
+) -> None:
+    for _ in range(cuda_slots.MAX_SLOTS + 1):
+        with pytest.raises(RunError, match=words):
+            session.stage(feeds)
+    x = rig.rows(2)
+    rig.check(session.run({"x": x}), x)
+
+
+def test_a_failed_launch_uses_the_batch_up(rig: Rig, session: CudaSession) -> None:
+    for _ in range(cuda_slots.MAX_SLOTS + 1):
+        staged = session.stage({"x": rig.rows(2)})
+        with pytest.raises(RunError):
+            session.launch(staged, ["nothing of that name"])
+    x = rig.rows(2)
+    rig.check(session.run({"x": x}), x)
+
+
+def test_any_number_of_threads(rig: Rig, session: CudaSession) -> None:
+    batches = [rig.rows(1 + n % BATCH) for n in range(60)]
+    wanted = [rig.wanted(x) for x in batches]
+    wrong: list[int] = []
+    launching = threading.Lock()
+
+    def serve(first: int) -> None:
+        for index in range(first, len(batches), 4):
+            staged = session.stage({"x": batches[index]})
+            with launching:
+                running = session.launch(staged)
+            running.wait()
+            got = running.outputs()
+            if not all(np.allclose(a, b, **CLOSE) for a, b in zip(got, wanted[index], strict=True)):
+                wrong.append(index)
+            running.close()
+
+    threads = [threading.Thread(target=serve, args=(first,)) for first in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert not wrong
+
+
+# Programs
+
+
+def test_a_larger_batch_runs_plainly_until_its_program_is_there(rig: Rig, session: CudaSession) -> None:
+    x = rig.rows(BATCH + 3)
+    rig.check(session.run({"x": x}), x)
+    eventually(lambda: session.graphs == 5)
+    rig.cuda.log.clear()
+    rig.check(session.run({"x": x}), x)
+    assert "launch" in rig.cuda.log
+
+
+def test_device_outputs_of_the_plain_path(rig: Rig) -> None:
+    session = rig.load(sizes=())
+    x = rig.rows(3)
+    there = device_array(rig.cuda, x)
+    running = session.launch(session.stage({"x": [there]}), ["mean"], device_outputs=["scores"])
+    rig.check(running.outputs(), x, ["mean"])
+    rig.check([read(rig.cuda, each) for each in running.device_outputs()], x, ["scores"])
+    running.close()
+    rig.cuda.free(there.pointer)
+    session.close()
+    rig.cuda.assert_nothing_left()
+
+
+def spoil(monkeypatch: pytest.MonkeyPatch, *, captured: bool) -> None:
+    """Programs that are captured (or all) answer wrongly in their trial."""
+    true = Program.answer
+
+    def answer(self: Program, feeds: Any) -> list[np.ndarray]:
+        answers = true(self, feeds)
+        return [each + 1 for each in answers] if self.captured or not captured else answers
+
+    monkeypatch.setattr(Program, "answer", answer)
+
+
+@pytest.mark.parametrize("why", ["refused", "host", "wrong"])
+def test_a_model_that_cannot_be_captured_runs_bound(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, why: str
+) -> None:
+    rig.no_graphs, rig.cuda.touching = why == "refused", why == "host"
+    if why == "wrong":
+        spoil(monkeypatch, captured=True)
+    session = rig.load()
+    assert session.graphs == 0
+    words = {"refused": "cannot use the graph capture", "host": "host memory", "wrong": "outputs differ"}
+    warnings = [each.getMessage() for each in caplog.records if each.levelname == "WARNING"]
+    assert len(warnings) == 1 and "no CUDA graph" in warnings[0] and words[why] in warnings[0]
+    for rows in (8, 3, 1, 8):
+        x = rig.rows(rows)
+        rig.check(session.run({"x": x}), x)
+    assert "launch" not in rig.cuda.log and rig.cuda.log.count("run") == 4
+    session.close()
+    rig.cuda.assert_nothing_left()
+
+
+def test_a_model_whose_bound_runs_are_wrong_runs_plainly(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    spoil(monkeypatch, captured=False)
+    session = rig.load()
+    x = rig.rows(3)
+    rig.check(session.run({"x": x}), x)
+    assert rig.cuda.log == []
+    session.close()
+    rig.cuda.assert_nothing_left()
+
+
+@pytest.mark.parametrize(
+    ("proto", "feeds"),
+    [
+        (made.dynamic, {"x": np.ones((3, 7), np.float32)}),
+        (made.dynamic, {"x": np.ones((3, 0), np.float32)}),
+        (made.with_default, {"x": np.ones((3, 4), np.float32)}),
+        (made.text, {"x": np.array([["a", "b"]], np.object_)}),
+        (made.without_batch, {"x": np.eye(4, dtype=np.float32)}),
+        (made.scalar, {"x": np.array(2.0, np.float32)}),
+    ],
+)
+def test_models_with_other_shapes_take_the_plain_path(tmp_path: Path, proto: Any, feeds: Any) -> None:
+    made.save(proto(), tmp_path / "m.onnx")
+    rig = Rig(tmp_path / "m.onnx", tmp_path / "cache")
+    session = rig.load()
+    for got, want in zip(session.run(feeds), rig.reference.run(feeds), strict=True):
+        assert np.array_equal(got, want)
+    assert session.allocate((2, 3), np.float32).shape == (2, 3)
+    assert rig.cuda.log == [] and not list((tmp_path / "cache").rglob("*.onnx"))
+    session.close()
+    rig.cuda.assert_nothing_left()
+
+
+def test_forgotten_programs_are_made_again(rig: Rig, session: CudaSession) -> None:
+    held = session.device_bytes
+    session.forget()
+    assert session.graphs == 0 and session.device_bytes < held
+    x = rig.rows(4)
+    rig.check(session.run({"x": x}), x)
+    session.warm_up([4])
+    assert session.graphs == 1
+    rig.check(session.run({"x": x}), x)
+
+
+def test_the_memory_limit_bounds_programs(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
+    weights = 64 * 16 * 4 + 64 * 5 * 4
+    session = rig.load(memory_limit_bytes=weights + 700)
+    assert session.graphs == 2, "the fake takes 280 bytes for 1 row, 368 for 2 and 544 for 4"
+    assert "batch size 4: gpu_memory_limit_mb would be exceeded" in caplog.text
+    assert session._shelf.used_bytes == weights + 280 + 368
+    x = rig.rows(8)
+    rig.check(session.run({"x": x}), x)
+    session.close()
+    rig.cuda.assert_nothing_left()
+
+
+# Levels
+
+
+def test_a_run_takes_the_level_it_names(rig: Rig) -> None:
+    session = rig.load(levels=(25.0, 100.0))
+    assert (session.levels, session.groups) == ((25.0, 50.0, 100.0), GROUPS)
+    for percent, groups in ((25, 4), (100, 16), (None, 8), (30, 4), (80, 16)):
+        x = rig.rows(3)
+        running = session.launch(session.stage({"x": x}), gpu_percent=percent)
+        rig.check(running.outputs(), x)
+        assert rig.cuda.launched[-1] == running.sm_groups
+        assert running.sm_groups.bit_count() == groups
+        assert running.gpu_percent == 100 * groups / GROUPS
+        running.close()
+    session.close()
+    rig.cuda.assert_nothing_left()
+
+
+def test_wanted_groups_are_taken_once_they_are_prepared(rig: Rig) -> None:
+    session = rig.load(levels=(25.0, 50.0))
+    wanted, x = 0b0110_0110_0000_0000, rig.rows(3)
+
+    def ran_on() -> int:
+        running = session.launch(session.stage({"x": x}), sm_groups=wanted)
+        rig.check(running.outputs(), x)
+        running.close()
+        assert rig.cuda.launched[-1] == running.sm_groups
+        return running.sm_groups
+
+    assert ran_on().bit_count() == 4
+    eventually(lambda: ran_on() == wanted)
+    session.close()
+    rig.cuda.assert_nothing_left()
+
+
+def test_groups_that_are_long_unused_make_room(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_shelf, "MAX_EXTRA", 2)
+    session = rig.load(sizes=[4], levels=(25.0,))
+    homes = {session._levels.mask(level) for level in session.levels}
+    shelf, x = session._shelf, rig.rows(4)
+    wishes = [0b11 << start for start in (0, 3, 6, 9)]
+    for mask in (*wishes, *wishes[-1:]):
+        for _ in range(2):
+            running = session.launch(session.stage({"x": x}), sm_groups=mask)
+            eventually(lambda: shelf._wishing is None)
+            rig.check(running.outputs(), x)
+            running.close()
+        assert running.sm_groups == mask
+    assert {mask for mask, _ in shelf._programs} == homes | set(wishes[-2:])
+    session.close()
+    rig.cuda.assert_nothing_left()
+
+
+def test_levels_of_a_model_that_cannot_be_captured(rig: Rig) -> None:
+    """It keeps to the SMs of its own share, on a stream of them."""
+    rig.no_graphs = True
+    session = rig.load(levels=(25.0, 50.0))
+    assert (session.levels, session.groups) == ((), 0)
+    x = rig.rows(3)
+    running = session.launch(session.stage({"x": x}), gpu_percent=25)
+    rig.check(running.outputs(), x)
+    assert running.gpu_percent == 50
+    assert rig.cuda.streams[session._plain_stream].sms.bit_count() == 8
+    session.close()
+    rig.cuda.assert_nothing_left()
+
+
+# Weights
+
+
+def test_weights_lie_on_the_device_once(rig: Rig) -> None:
+    session = rig.load(levels=(25.0, 50.0))
+    shared = rig.sessions.shared_bytes
+    assert shared == 64 * 16 * 4 + 64 * 5 * 4
+    blocks = [block.nbytes - 64 for block in rig.cuda.memory.values()]
+    assert blocks.count(shared) == 1
+    assert session.device_bytes < 2 * shared + 64 * 1024
+    session.close()
+
+
+def test_the_second_load_takes_the_optimised_model_from_the_cache(rig: Rig, tmp_path: Path) -> None:
+    rig.load().close()
+    first = len(rig.sessions.opened)
+    entries = list((tmp_path / "cache" / "optimized").iterdir())
+    rig.load().close()
+    assert len(rig.sessions.opened) == first - 2
+    assert list((tmp_path / "cache" / "optimized").iterdir()) == entries
+
+
+def test_a_damaged_entry_is_made_again(rig: Rig, tmp_path: Path) -> None:
+    rig.load().close()
+    (weights,) = (tmp_path / "cache").rglob("weights.bin")
+    data = bytearray(weights.read_bytes())
+    data[100] ^= 1
+    weights.write_bytes(data)
+    session, x = rig.load(), rig.rows(3)
+    assert rig.sessions.shared_bytes
+    rig.check(session.run({"x": x}), x)
+    session.close()
+
+
+def test_without_a_cache_every_session_has_its_weights(rig: Rig, tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("not a directory")
+    session, x = rig.load(), rig.rows(3)
+    assert rig.sessions.shared_bytes == 0 and session.graphs == 4
+    rig.check(session.run({"x": x}), x)
+    session.close()
+    rig.cuda.assert_nothing_left()
+
+
+def test_weights_are_not_shared_where_that_changes_the_answers(
+    rig: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    true = FakeCuda.upload
+    monkeypatch.setattr(
+        FakeCuda, "upload", lambda self, to, source, size: true(self, to, source, min(size, 900))
+    )
+    session, x = rig.load(sizes=()), rig.rows(3)
+    assert rig.sessions.shared_bytes == 0
+    assert not list((tmp_path / "cache").rglob("model.onnx"))
+    rig.check(session.run({"x": x}), x)
+    session.close()
+    rig.cuda.assert_nothing_left()
+
+
+# The end
+
+
+def test_a_lost_device_is_told_from_a_failed_run(rig: Rig) -> None:
+    session = rig.load()
+    staged = session.stage({"x": rig.rows(3)})
+    running = session.launch(session.stage({"x": rig.rows(3)}))
+    rig.cuda.lost = True
+    for call in (
+        lambda: session.stage({"x": rig.rows(3)}),
+        lambda: session.launch(staged),
+        running.wait,
+        running.outputs,
+        lambda: session.run({"x": rig.rows(BATCH + 1)}),
+    ):
+        with pytest.raises(DeviceLostError, match="illegal memory access"):
+            call()
+    running.close()
+    session.close()
+
+
+def test_what_onnxruntime_says_of_a_lost_device(rig: Rig, session: CudaSession) -> None:
+    """A fault surfaces as ONNX Runtime's own exception first: the driver is asked what it means."""
+    session.forget()
+    staged = session.stage({"x": rig.rows(3)})
+
+    def fail(*_: Any, **__: Any) -> None:
+        rig.cuda.lost = True
+        raise RuntimeError("CUDA failure 700")
+
+    session._plain._session.run, kept = fail, None
+    with pytest.raises(DeviceLostError):
+        session.launch(staged)
+    rig.cuda.lost = False
+    del session._plain._session.run, kept
+
+
+def test_a_failed_load_gives_everything_back(rig: Rig) -> None:
+    rig.path.write_bytes(b"\x08\x07rubbish")
+    with pytest.raises(ModelError):
+        rig.load()
+    rig.cuda.assert_nothing_left()
+
+
+def test_closing_ends_the_preparing_of_programs(rig: Rig) -> None:
+    session = rig.load(levels=(25.0,))
+    for start in range(8):
+        session.launch(session.stage({"x": rig.rows(8)}), sm_groups=0b101 << start).close()
+    session.close()
+    session.close()
+    rig.cuda.assert_nothing_left()
+
+
+def test_levels_need_no_mps_limit_and_others_take_the_process_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE", "40")
+    limit_process(40)
+    with pytest.raises(DeviceError, match="gpu_percent 50 asked of a process that runs at 40"):
+        limit_process(50)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "sizes"), [(1, (1,)), (2, (1, 2)), (6, (1, 2, 4, 6)), (64, (1, 2, 4, 8, 16, 32, 64))]
+)
+def test_the_sizes_prepared(batch_size: int, sizes: tuple[int, ...]) -> None:
+    assert ladder(batch_size) == sizes
+
+
+def test_bad_options() -> None:
+    with pytest.raises(ModelError, match="conv_algo_search 'FAST': one of HEURISTIC"):
+        CudaOptions(conv_algo_search="FAST")
+    with pytest.raises(ModelError, match="levels"):
+        CudaOptions(levels=(0.0,))
