@@ -176,6 +176,7 @@ def kill_under_load(study: Study, server: Server, expected: Any, victims: set[st
         before = totals(load)
         if before["failed"] or before["wrong_answers"] or not before["answered"]:
             raise MachineError(f"the load does not run well before anything was killed: {before}")
+        triton = server.triton()
         killed = kill(server, victims)
         killed_s = time.monotonic()
         restarted_s = wait_well(server, load, victims, killed, killed_s)
@@ -190,6 +191,7 @@ def kill_under_load(study: Study, server: Server, expected: Any, victims: set[st
         "killed": len(killed),
         "restarted_s": restarted_s,
         "recovered": well,
+        "triton_restarted": server.triton() != triton,
         "recovery_s": max(times_s) if well else None,
         "recovery_s_by_model": by_model,
         "sent_every_s": SEND_EVERY_S,

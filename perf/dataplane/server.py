@@ -35,6 +35,7 @@ GONE_LIMIT_S = 30.0
 INFER_LIMIT_S = 20.0
 METRICS_PERIOD_S = 1.2  # the backend publishes once a second
 SEED_MODEL = "seed"  # serve wants one model to begin with; this one stays on the CPU
+TRITON = "tritonserver"
 MPS_CONTROL, MPS_SERVER = "nvidia-cuda-mps-control", "nvidia-cuda-mps-server"
 CLIENT_VARIABLES = (PIPE_VARIABLE, "CUDA_MPS_LOG_DIRECTORY")
 
@@ -84,7 +85,6 @@ class Server:
                 raise MachineError(f"dstackctl serve did not start: {last_line(self.logs / 'serve.err')}")
             time.sleep(0.05)
         self.grpc_url, self.metrics_url = said["urls"]["grpc"], said["urls"]["metrics"]
-        self.triton_pid = int(said["pid"])
         self.client = TritonClient(self.grpc_url)
         self.stubs = LocalStubProcesses(self.grpc_url)
 
@@ -171,10 +171,15 @@ class Server:
 
     # -- what it uses and says ---------------------------------------------------------------------------
 
+    def triton(self) -> psutil.Process | None:
+        """The server process that runs now: serve starts another when one dies. None: none does."""
+        below = psutil.Process(self._process.pid).children(recursive=True)
+        return next((each for each in below if Path((cmdline(each) or [""])[0]).name == TRITON), None)
+
     def client_environment(self) -> dict[str, str]:
         """Our environment with what a CUDA client needs to reach the MPS daemon that Triton uses."""
-        pairs = Path(f"/proc/{self.triton_pid}/environ").read_bytes().decode(errors="replace").split("\0")
-        theirs = dict(pair.partition("=")[::2] for pair in pairs)
+        triton = self.triton()
+        theirs = triton.environ() if triton else {}
         return {**os.environ, **{key: theirs[key] for key in CLIENT_VARIABLES if key in theirs}}
 
     def processes(self) -> list[psutil.Process]:
@@ -203,9 +208,9 @@ class Server:
 
     def stub_pids(self) -> frozenset[int]:
         """The stubs of all models, but the seed's."""
-        children = psutil.Process(self.triton_pid).children()
+        below = psutil.Process(self._process.pid).children(recursive=True)
         return frozenset(
-            each.pid for each in children if is_stub(each) and f"/{SEED_MODEL}/" not in str(cmdline(each))
+            each.pid for each in below if is_stub(each) and f"/{SEED_MODEL}/" not in str(cmdline(each))
         )
 
     def metrics(self) -> dict[tuple[str, str, str], float]:
