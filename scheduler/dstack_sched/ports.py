@@ -113,9 +113,11 @@ class ModelRepository(Protocol):
     """A Triton model repository on disk. Errors: InputError, one line that names the file.
 
     Texts are UTF-8 with surrogateescape, so that bytes of any kind survive; None means no config file.
+    `name` is what people call it.
     """
 
     root: Path
+    name: str
 
     def models(self) -> tuple[str, ...]: ...
     def config_path(self, model: str) -> Path: ...

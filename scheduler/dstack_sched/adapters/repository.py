@@ -29,6 +29,7 @@ class DiskRepository:
             what = "is not a directory" if root.exists() else "does not exist"
             raise InputError(f"model repository {root} {what}; name the directory that holds the models")
         self.root = root
+        self.name = str(root)
         self._originals = Originals(root)
 
     def models(self) -> tuple[str, ...]:

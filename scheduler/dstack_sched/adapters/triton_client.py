@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import tritonclient.grpc as triton
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
+from tritonclient.grpc import model_config_pb2
 from tritonclient.utils import InferenceServerException
 
 from dstack_sched.adapters.triton_connection import ConnectionOptions
@@ -113,6 +114,11 @@ class TritonClient:
     def config(self, model: str) -> dict[str, Any]:
         """The configuration in force, auto-completed fields included. Enums are names, int64 are ints."""
         return dict(self._ask(f"{model}: config", self._client.get_model_config, model)["config"])
+
+    def config_message(self, model: str) -> model_config_pb2.ModelConfig:
+        """The same as protobuf has it."""
+        answer = self._call(f"{model}: config", self._client.get_model_config, CALL_TIMEOUT_S, model)
+        return answer.config
 
     def statistics(self, model: str = "") -> dict[str, Any]:
         """{"model_stats": [one entry a model and version]}; durations in ns. No name: all models."""

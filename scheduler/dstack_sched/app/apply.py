@@ -144,7 +144,7 @@ class Applier:
         missing = [model for model in plan.models if model not in present]
         if missing:
             raise InputError(
-                f"the plan names {', '.join(missing)}, not in {self._repository.root}; "
+                f"the plan names {', '.join(missing)}, not in {self._repository.name}; "
                 f"it has {', '.join(present)}: plan again for this repository"
             )
         states = self._server.models()

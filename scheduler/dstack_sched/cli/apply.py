@@ -10,7 +10,6 @@ import typer
 
 from dstack_sched.adapters.plan_files import read_plan
 from dstack_sched.adapters.profile_files import read_profile_file
-from dstack_sched.adapters.triton_client import TritonClient
 from dstack_sched.adapters.triton_connection import ConnectionOptions
 from dstack_sched.cli import app
 from dstack_sched.cli.common import (
@@ -24,10 +23,11 @@ from dstack_sched.cli.common import (
 )
 from dstack_sched.cli.deployment import (
     Deployment,
+    PushOption,
+    connected,
     check_profiles,
     demand_of,
     model_hashes,
-    served_repository,
     stored_profiles,
 )
 from dstack_sched.domain.change import ApplyReport
@@ -48,6 +48,7 @@ def apply(
             "--repo", metavar="REPO", help="Model repository; default: what the local Triton serves."
         ),
     ] = None,
+    push: PushOption = False,
     profiles: Annotated[
         Path | None,
         typer.Option(
@@ -62,7 +63,9 @@ def apply(
     """Rewrite config.pbtxt and reload, one model at a time, whole or not at all; then tell the arbiter.
 
     Models that state the plan already are not touched. If one fails to load, all configs go back byte for
-    byte and the old versions serve on.
+    byte and the old versions serve on. Of a Triton whose repository is not visible here, on this host or by
+    --repo, configs are pushed with the loads (--push): they replace those on its disk as a whole, until it
+    restarts or a file there is newer.
 
     Example: dstackctl apply --plan plan.json --repo model_repository
     """
@@ -72,9 +75,7 @@ def apply(
         raise InfeasibleError(
             f"{plan}: the plan is not feasible ({'; '.join(wanted.binding)}); nothing was changed"
         )
-    with TritonClient(connection) as server:
-        server.require_ready()
-        repository = served_repository(connection.url, repo)
+    with connected(connection, repo, state, push=push) as (repository, server):
         present = [model for model in wanted.models if model in repository.models()]
         for model in present:
             repository.config(model)  # a config that does not parse is said with its line, before all else

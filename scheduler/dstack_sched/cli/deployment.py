@@ -8,6 +8,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Annotated, TypeAlias
+
+import typer
 
 from dstack_backend.endpoint import socket_path
 from dstack_sched.adapters.arbiter_client import SocketArbiterClient
@@ -15,9 +18,11 @@ from dstack_sched.adapters.clock import SystemClock
 from dstack_sched.adapters.edit_journal import FileEditJournal
 from dstack_sched.adapters.model_files import find_models
 from dstack_sched.adapters.profile_store import FileProfileStore, model_sha256
+from dstack_sched.adapters.pushed_repository import PushedRepository, PushingClient
 from dstack_sched.adapters.repository import DiskRepository
 from dstack_sched.adapters.stub_processes import LocalStubProcesses
 from dstack_sched.adapters.triton_client import TritonClient
+from dstack_sched.adapters.triton_connection import ConnectionOptions
 from dstack_sched.app.apply import Applier, has_levels, stated_plan, stated_share
 from dstack_sched.app.arbiter_plans import ArbiterPlans
 from dstack_sched.app.changes import Reach
@@ -32,11 +37,23 @@ from dstack_sched.errors import DstackError, InputError, MachineError
 OTHERS_END_WITHIN_S = 30.0  # `serve` and `run` reload what died, which takes a moment
 
 
+Repository: TypeAlias = DiskRepository | PushedRepository
+
+PushOption = Annotated[
+    bool,
+    typer.Option(
+        "--push",
+        help="Hand each config to Triton with its load and write no file: for a repository that is not on a "
+        "path here. It replaces the one there as a whole, and a restart of Triton forgets it.",
+    ),
+]
+
+
 @dataclass(frozen=True)
 class Deployment:
     """Where everything is. `url`: HOST:PORT of Triton's gRPC; `socket` None: the host's usual arbiter."""
 
-    repository: DiskRepository
+    repository: Repository
     server: TritonClient
     state: Path
     socket: Path | None = None
@@ -117,9 +134,7 @@ class Deployment:
 
 
 @contextmanager
-def locked_edits(
-    repository: DiskRepository, server: TritonClient | None, state: Path
-) -> Iterator[ConfigEdits]:
+def locked_edits(repository: Repository, server: TritonClient | None, state: Path) -> Iterator[ConfigEdits]:
     """Deployment.edits; without a server, for edits that touch files only."""
     stubs = LocalStubProcesses(server.url if server else "")
     with FileEditJournal(state, repository.root, wait_s=OTHERS_END_WITHIN_S) as journal:
@@ -137,16 +152,44 @@ def say_progress(line: str) -> None:
         say(line)
 
 
-def served_repository(url: str, named: Path | None) -> DiskRepository:
-    """The repository named, else the one that the Triton at `url` serves, if it runs on this host."""
+@contextmanager
+def connected(
+    connection: ConnectionOptions, named: Path | None, state: Path, *, push: bool
+) -> Iterator[tuple[Repository, TritonClient]]:
+    """The Triton at a URL and its repository: the one named, else the one that it serves if that is visible
+    here, else (or with `push`) none: configs then travel with the loads.
+
+    Errors: InputError for a repository that cannot be used, MachineError where no Triton answers.
+    """
+    if push and named is not None:
+        raise InputError(f"--push writes no file: leave out {named}, or --push")
+    repository = None if push else visible_repository(connection.url, named)
+    if repository is not None:
+        with TritonClient(connection) as server:
+            server.require_ready()
+            yield repository, server
+        return
+    pushing = PushingClient(connection)
+    with pushing:
+        pushing.require_ready()
+        if not push:
+            say(
+                f"the repository of Triton at {connection.url} is not visible here: configs are pushed with "
+                "each load (as with --push)"
+            )
+        yield PushedRepository(pushing, state / "pushed"), pushing
+
+
+def visible_repository(url: str, named: Path | None) -> DiskRepository | None:
+    """The repository named, else the one that the Triton at `url` serves; None where it is not to be seen."""
     if named is not None:
         return DiskRepository(named)
     found = LocalStubProcesses(url).repositories()
-    if len(found) != 1:
+    if len(found) > 1:
         raise InputError(
-            f"name the repository with --repo: what Triton at {url} serves cannot be seen from here"
+            f"Triton at {url} serves {', '.join(map(str, found))}: name the one with the models of the plan"
         )
-    return DiskRepository(found[0])
+    return DiskRepository(found[0]) if found and found[0].is_dir() else None
 
 
 def demand_of(plan: Plan) -> Workload:
@@ -159,8 +202,10 @@ def demand_of(plan: Plan) -> Workload:
     )
 
 
-def model_hashes(repository: DiskRepository, models: Iterable[str]) -> dict[str, str]:
-    """Model -> sha256 of the file that is served (with its external weights)."""
+def model_hashes(repository: Repository, models: Iterable[str]) -> dict[str, str]:
+    """Model -> sha256 of the file that is served (with its external weights); {} where none is visible."""
+    if isinstance(repository, PushedRepository):
+        return {}
     return {model.name: model_sha256(model.path) for model in find_models([repository.root], list(models))}
 
 
@@ -189,6 +234,11 @@ def check_profiles(profiles: ProfileSet, plan: Plan, hashes: dict[str, str], whe
             f"{where}: measured on {profiles.device.name}, the plan is for {plan.gpus[0]}; "
             "profile on the device that serves"
         )
+    check_measured(profiles, hashes, where)
+
+
+def check_measured(profiles: ProfileSet, hashes: dict[str, str], where: Path) -> None:
+    """Errors: InputError where a profile is of another model file than the one served."""
     for model, sha256 in hashes.items():
         profile = profiles.models.get(model)
         if profile is not None and profile.sha256 and profile.sha256 != sha256:

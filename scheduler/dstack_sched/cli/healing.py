@@ -11,7 +11,6 @@ from pathlib import Path
 from dstack_sched.adapters.clock import SystemClock
 from dstack_sched.adapters.decision_log import FileDecisionLog
 from dstack_sched.adapters.edit_journal import FileEditJournal
-from dstack_sched.adapters.repository import DiskRepository
 from dstack_sched.adapters.stub_processes import LocalStubProcesses
 from dstack_sched.adapters.triton_client import TritonClient
 from dstack_sched.app.arbiter_plans import ArbiterPlans
@@ -23,6 +22,7 @@ from dstack_sched.app.mps_guard import MpsGuard
 from dstack_sched.app.revive import Reviver
 from dstack_sched.app.telemetry import HealthTelemetry
 from dstack_sched.cli.common import say
+from dstack_sched.ports import ModelRepository
 
 log = logging.getLogger("dstack.serve")
 
@@ -34,7 +34,7 @@ CONTROLLER = HealthSettings(confirm_s=4.0)
 
 
 def model_guards(
-    server: TritonClient, repository: DiskRepository, models: Collection[str] | None = None
+    server: TritonClient, repository: ModelRepository, models: Collection[str] | None = None
 ) -> list[Guard]:
     """For the models of one Triton; None: all of them."""
     reviver = Reviver(repository, server, SystemClock())
@@ -51,7 +51,7 @@ def host_guards(view: HostView | None, url: str) -> list[Guard]:
 
 def controller_guards(
     server: TritonClient,
-    repository: DiskRepository,
+    repository: ModelRepository,
     models: Collection[str],
     plans: ArbiterPlans,
     view: HostView | None = None,
@@ -69,7 +69,7 @@ def controller_guards(
 def make_health(
     guards: Iterable[Guard],
     state: Path,
-    repository: DiskRepository,
+    repository: ModelRepository,
     telemetry: HealthTelemetry,
     settings: HealthSettings | None = None,
 ) -> Health:

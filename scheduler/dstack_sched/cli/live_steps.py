@@ -9,6 +9,7 @@ from typing import Any
 
 from dstack_sched.adapters.correction_store import FileCorrectionStore
 from dstack_sched.adapters.model_files import find_models
+from dstack_sched.adapters.profile_files import read_profile_file
 from dstack_sched.adapters.profile_store import FileProfileStore
 from dstack_sched.adapters.triton_metrics import TritonMetrics
 from dstack_sched.app.changes import Reach
@@ -16,7 +17,7 @@ from dstack_sched.app.host_view import HostView
 from dstack_sched.app.planning import PlanOptions, make_plan
 from dstack_sched.app.profiling import ProfilingOptions
 from dstack_sched.cli.common import say, state_dir
-from dstack_sched.cli.deployment import Deployment
+from dstack_sched.cli.deployment import Deployment, check_measured, model_hashes
 from dstack_sched.cli.profile import finish, measure_models, probe_settings
 from dstack_sched.config import read_workload
 from dstack_sched.domain.change import ApplyReport
@@ -73,8 +74,10 @@ class LiveSteps:
         provider: str = "auto",
         health: Callable[[], object] = lambda: None,
         host: HostView | None = None,
+        profiles: Path | None = None,
     ) -> None:
-        """host: the GPUs to plan with; None: as many as `planning` says."""
+        """host: the GPUs to plan with; None: as many as `planning` says. profiles: a file to take latencies
+        from; None: they are measured here."""
         self._deployment = deployment
         self._profiling = profiling
         self._planning = planning
@@ -83,10 +86,15 @@ class LiveSteps:
         self.wanted = wanted
         self._health = health
         self._host = host
+        self._profiles = profiles
 
     def profile(self, models: Iterable[str]) -> ProfileSet:
         """Stored points are reused. Requests that are served meanwhile disturb the measurement."""
         deployment = self._deployment
+        if self._profiles is not None:
+            known = read_profile_file(self._profiles).profiles
+            check_measured(known, model_hashes(deployment.repository, models), self._profiles)
+            return known
         found = find_models([deployment.repository.root], list(models))
         store = FileProfileStore(deployment.state / "profiles")
         logs = state_dir(deployment.state / "logs")

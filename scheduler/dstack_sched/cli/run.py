@@ -16,7 +16,7 @@ from dstack_sched.adapters.decision_log import FileDecisionLog
 from dstack_sched.adapters.logs import LogOptions, logging_to
 from dstack_sched.adapters.plan_files import plan_json
 from dstack_sched.adapters.prometheus import PrometheusMetrics
-from dstack_sched.adapters.triton_client import TritonClient
+from dstack_sched.adapters.pushed_repository import PushedRepository
 from dstack_sched.adapters.triton_connection import ConnectionOptions
 from dstack_sched.adapters.triton_metrics import TritonMetrics
 from dstack_sched.app.control_loop import ControlLoop, Round
@@ -37,7 +37,7 @@ from dstack_sched.cli.common import (
     say,
     state_dir,
 )
-from dstack_sched.cli.deployment import Deployment, served_repository
+from dstack_sched.cli.deployment import Deployment, PushOption, connected
 from dstack_sched.cli.endpoint import EndpointOptions, exports, served
 from dstack_sched.cli.healing import CONTROLLER as HEALTH_SETTINGS
 from dstack_sched.cli.healing import controller_guards, make_health
@@ -68,6 +68,11 @@ def run(
         typer.Argument(
             metavar="[REPOSITORY]", help="Model repository; default: what the local Triton serves."
         ),
+    ] = None,
+    push: PushOption = False,
+    profiles: Annotated[
+        Path | None,
+        typer.Option("--profiles", metavar="FILE", help="Latencies; default: measured here, where new."),
     ] = None,
     socket: Annotated[
         Path | None, typer.Option("--socket", metavar="PATH", help="The arbiter's socket.")
@@ -110,6 +115,11 @@ def run(
     changes. Needs a running Triton in explicit model control (dstackctl serve, or your own). Ctrl-C ends it;
     what it put in force stays. Decisions and their reasons: dstackctl status --why.
 
+    With a Triton on another host, name its repository on a shared path; or leave it out, and configs are
+    pushed with the loads (--push, needs --profiles): such a config replaces the one on Triton's disk as a
+    whole, a restart of Triton forgets it, and a load of others brings the disk's back only once a file there
+    is newer.
+
     Example: dstackctl run model_repository --workload perf/workloads/sample.yaml
     """
     if interval_s <= 0 or window_s < 3 * interval_s or cooldown_s < 0 or horizon_s <= 0:
@@ -121,9 +131,10 @@ def run(
     read_workload(workload)
     with ExitStack() as stack:
         stack.enter_context(logging_to("controller", log))
-        server = stack.enter_context(TritonClient(connection))
-        server.require_ready()
-        deployment = Deployment(served_repository(connection.url, repository), server, state, socket)
+        site, server = stack.enter_context(connected(connection, repository, state, push=push))
+        deployment = Deployment(site, server, state, socket)
+        if isinstance(site, PushedRepository) and profiles is None:
+            raise InputError(f"the models of {site.name} cannot be measured from here: give --profiles FILE")
         wanted = WorkloadFile(workload, lambda read, where: check_models(read, deployment, where))
         if not dry_run:
             deployment.recover()
@@ -143,6 +154,7 @@ def run(
             triton_metrics=triton_metrics or f"{connection.url.rpartition(':')[0]}:8002",
             provider=provider,
             dry_run=dry_run,
+            profiles=profiles,
         )
         first = loop.once()
         show(first, json_output)
@@ -166,17 +178,18 @@ def live_loop(
     provider: str = "auto",
     dry_run: bool = False,
     host: HostView | None = None,
+    profiles: Path | None = None,
 ) -> ControlLoop:
     """The loop on a deployment, all wired. triton_metrics: HOST:PORT, "": backlogs are not looked at. host:
-    the GPUs to plan with, None: as many as `planning` says."""
+    the GPUs to plan with, None: as many as `planning` says. profiles: None: measured as needed."""
     clock, state, server = SystemClock(), deployment.state, deployment.server
-    about = {"url": server.url, "repository": str(deployment.repository.root), "dry_run": dry_run}
+    about = {"url": server.url, "repository": deployment.repository.name, "dry_run": dry_run}
     board = NoBoard() if dry_run else FileStatusBoard(state)
     telemetry = ControllerTelemetry(metrics, board, clock, about)
     models = [model.name for model in wanted().models]
     guards = controller_guards(server, deployment.repository, models, deployment.arbiter_plans, host)
     health = make_health(guards, state, deployment.repository, telemetry.health, HEALTH_SETTINGS)
-    steps = LiveSteps(deployment, wanted, profiling, planning, provider, health.check, host)
+    steps = LiveSteps(deployment, wanted, profiling, planning, provider, health.check, host, profiles)
     sources = LiveSources(deployment, TritonMetrics(triton_metrics) if triton_metrics else None)
     watcher = Watcher(models, server, sources, clock, forecasting)
     log = FileDecisionLog(state, say)
@@ -199,7 +212,7 @@ def check_models(wanted: Workload, deployment: Deployment, where: Path) -> None:
     for model in wanted.models:
         if model.name not in present:
             raise InputError(
-                f"{where}: model {model.name} is not in {deployment.repository.root}; "
+                f"{where}: model {model.name} is not in {deployment.repository.name}; "
                 f"it has {', '.join(present)}"
             )
 
