@@ -24,8 +24,8 @@ from dstack_sched.cli.common import (
 from dstack_sched.cli.deployment import (
     Deployment,
     PushOption,
-    connected,
     check_profiles,
+    connected,
     demand_of,
     model_hashes,
     stored_profiles,
