@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # our dstack_backend w
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from dstack_backend import numpy_bridge
-from dstack_backend.errors import BackendError, RequestError
+from dstack_backend import dlpack, numpy_bridge
+from dstack_backend.errors import BackendError, RequestError, RunError, one_line
 from dstack_backend.instance import Instance, complete_config
 from dstack_backend.metrics import Publisher, labels_of
-from dstack_backend.tensors import text_of
+from dstack_backend.tensors import DeviceArray, text_of
 
+log = logging.getLogger("dstack")
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 # The device thread must not wait 5 ms, Python's default, for a thread that loops over strings.
 sys.setswitchinterval(0.0005)
@@ -58,13 +60,22 @@ class TritonPythonModel:
             pb_utils,
             self._instance.stats,
             labels_of(settings.model, settings.version, settings.instance),
-            {"gpu_percent": settings.gpu_percent, "batch_size": settings.batch_size},
+            self._instance.gauges,
         )
         self._metrics.start()
 
-    def execute(self, requests: list[Any]) -> None:
-        """Accept requests; other threads answer them. Blocks while enough waits here."""
-        self._instance.submit([TritonRequest(request) for request in requests])
+    def execute(self, requests: list[Any]) -> list[Any] | None:
+        """Accept requests; those that are not answered here and now (None) other threads answer. Blocks while
+        enough waits here."""
+        taken = [TritonRequest(request) for request in requests]
+        try:
+            self._instance.submit(taken)
+        except Exception as error:  # Triton 2.51 dies where execute() raises after a sender was taken
+            log.exception("execute() failed")
+            for request in taken:
+                request.fail(RunError(f"{type(error).__name__}: {one_line(error)}"))
+        responses = [request.response for request in taken]
+        return responses if any(responses) else None
 
     def finalize(self) -> None:
         self._instance.close()
@@ -72,13 +83,20 @@ class TritonPythonModel:
 
 
 class TritonRequest:
-    """dstack_backend.batching.Request over a request of Triton's."""
+    """dstack_backend.interfaces.Request over a request of Triton's. response: the answer, if it is kept.
 
-    __slots__ = ("_request", "_sender", "wanted")
+    Triton must not be asked about a request that was answered: it crashes.
+    """
+
+    __slots__ = ("_answered", "_lock", "_request", "_sender", "on_device", "response", "wanted")
 
     def __init__(self, request: Any):
         self._request = request
-        self._sender = request.get_response_sender()
+        self._sender: Any = None
+        self._answered = False
+        self._lock = threading.Lock()
+        self.on_device = False
+        self.response: Any = None
         self.wanted = tuple(request.requested_output_names())
 
     @property
@@ -91,27 +109,51 @@ class TritonRequest:
                 return parse_deadline_us(value)
         return int(self._request.timeout())
 
-    def feeds(self) -> dict[str, np.ndarray]:
-        feeds = {}
-        for tensor in self._request.inputs():
+    def feeds(self) -> dict[str, Any]:
+        feeds: dict[str, Any] = {}
+        tensors = self._request.inputs()
+        on_device = 0
+        for tensor in tensors:
+            if not tensor.is_cpu():
+                on_device += 1
+                feeds[tensor.name()] = dlpack.from_capsule(tensor.to_dlpack())
+                continue
             array = tensor.as_numpy()
             if array.dtype == np.object_:
                 array = text_of(array, tensor.name())
             feeds[tensor.name()] = array
+        self.on_device = on_device == len(tensors) > 0
         return feeds
 
-    def is_cancelled(self) -> bool:
-        return bool(self._request.is_cancelled())
+    def defer(self) -> None:
+        self._sender = self._request.get_response_sender()
 
-    def answer(self, outputs: dict[str, np.ndarray]) -> None:
-        tensors = [make_tensor(name, array) for name, array in outputs.items()]
-        self._sender.send(pb_utils.InferenceResponse(output_tensors=tensors), flags=FINAL)
+    def is_cancelled(self) -> bool:
+        with self._lock:
+            return not self._answered and bool(self._request.is_cancelled())
+
+    def answer(self, outputs: Mapping[str, Any]) -> None:
+        tensors = [
+            pb_utils.Tensor.from_dlpack(name, dlpack.to_capsule(array))
+            if isinstance(array, DeviceArray)
+            else make_tensor(name, array)
+            for name, array in outputs.items()
+        ]
+        self._respond(pb_utils.InferenceResponse(output_tensors=tensors))
 
     def fail(self, error: RequestError) -> None:
         code = getattr(pb_utils.TritonError, error.code)
-        self._sender.send(
-            pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error), code)), flags=FINAL
-        )
+        self._respond(pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error), code)))
+
+    def _respond(self, response: Any) -> None:
+        with self._lock:
+            if self._answered:
+                return
+            self._answered = True
+        if self._sender is None:
+            self.response = response
+        else:
+            self._sender.send(response, flags=FINAL)
 
 
 def parse_deadline_us(value: Any) -> int:
@@ -156,7 +198,6 @@ class TritonLog(logging.Handler):
 
 
 def log_to_triton() -> None:
-    log = logging.getLogger("dstack")
     if not log.handlers:
         log.addHandler(TritonLog())
         log.setLevel(logging.INFO)

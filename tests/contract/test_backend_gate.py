@@ -30,6 +30,7 @@ class Queue:
         self.waiting: tuple[int, int] = (0, 0)
         self.permits: list[Permit] = []
         self.shed: list[int] = []
+        self.plans: list[tuple[int, int, bool]] = []
 
     def state(self) -> tuple[int, int]:
         return self.waiting
@@ -39,6 +40,9 @@ class Queue:
 
     def on_shed(self, deadline_before_us: int) -> None:
         self.shed.append(deadline_before_us)
+
+    def on_plan(self, batch_size: int, slo_us: int, reject_late: bool) -> None:
+        self.plans.append((batch_size, slo_us, reject_late))
 
 
 class Arbiter:
@@ -90,7 +94,7 @@ class Rig:
     def __init__(self, path: Path):
         self.path = path
         self.queue = Queue()
-        self.gate = ArbiterGate(path, JOIN, timing=QUICK)
+        self.gate = ArbiterGate(path, JOIN, timing=QUICK, telemetry=lambda: {"answer": 42})
         self.arbiters: list[Arbiter] = []
 
     def arbiter(self) -> Arbiter:
@@ -138,11 +142,10 @@ def test_work_grant_done(rig: Rig) -> None:
     arbiter.say(wire.Grant(77, 2, 40.0, LONG))
     permit = rig.permit()
     assert (permit.batch_size, permit.gpu_percent) == (2, 40.0)
-    assert rig.gate.begin(permit, 1000)
+    assert rig.gate.begin(permit, 1, 1000)
     rig.queue.waiting = (1, 2_000_000)
     rig.gate.done(permit, 2, 1, 1234)
     assert arbiter.hear(wire.Done) == wire.Done(77, 2, 1, 1234, 1, 2_000_000)
-    assert rig.gate.stats.stage_ns["grant"] > 0
 
 
 def test_work_that_says_nothing_new_is_not_sent(rig: Rig) -> None:
@@ -154,6 +157,73 @@ def test_work_that_says_nothing_new_is_not_sent(rig: Rig) -> None:
     rig.want(10, deadline_us=900)
     assert arbiter.hear(wire.Work) == wire.Work(8, 1_000_000)
     assert arbiter.hear(wire.Work) == wire.Work(10, 900)
+
+
+def test_a_standing_grant_waits_for_work_and_says_when_it_starts(rig: Rig) -> None:
+    arbiter = rig.join()
+    arbiter.say(wire.Grant(77, 2, 40.0, LONG, 0b11, True))
+    until(lambda: rig.gate.stats.standing_grants)
+    assert rig.queue.permits == []
+    rig.want(3)
+    permit = rig.permit()
+    assert permit.sm_groups == 0b11
+    rig.queue.waiting = (1, 2_000_000)
+    assert rig.gate.begin(permit, 2, 1000)
+    assert arbiter.hear(wire.Start) == wire.Start(77, 2, 1, 2_000_000)
+    rig.gate.done(permit, 2, 0, 10)
+    assert arbiter.hear(wire.Done).grant_id == 77
+
+
+def test_a_standing_grant_can_be_taken_without_a_queue(rig: Rig) -> None:
+    """What a request that comes alone runs under."""
+    arbiter = rig.join()
+    assert rig.gate.take() is None
+    arbiter.say(wire.Grant(77, 2, 40.0, LONG, 0, True))
+    until(lambda: rig.gate.stats.standing_grants)
+    permit = rig.gate.take()
+    assert permit is not None and rig.gate.take() is None
+    assert rig.gate.begin(permit, 1, 1000)
+    assert arbiter.hear(wire.Start) == wire.Start(77, 1, 0, 0)
+
+
+def test_a_standing_grant_is_given_back_when_it_is_revoked_and_not_in_use(rig: Rig) -> None:
+    arbiter = rig.join()
+    arbiter.say(wire.Grant(77, 2, 40.0, LONG, 0, True))
+    arbiter.say(wire.Revoke(77))
+    assert arbiter.hear(wire.Done) == wire.Done(77, 0, 0, 0, 0, 0)
+    assert rig.gate.take() is None
+    arbiter.say(wire.Grant(78, 2, 40.0, LONG, 0, True))
+    until(lambda: rig.gate.stats.standing_grants == 2)
+    permit = rig.gate.take()
+    arbiter.say(wire.Revoke(78))
+    arbiter.say(wire.Shed(5))  # both are read once this is
+    until(lambda: rig.queue.shed)
+    assert rig.gate.begin(permit, 1, 1000)  # they crossed
+    assert arbiter.hear(wire.Start).grant_id == 78
+
+
+def test_a_standing_grant_dies_with_its_connection(rig: Rig) -> None:
+    arbiter = rig.join()
+    arbiter.say(wire.Grant(77, 2, 40.0, LONG, 0, True))
+    until(lambda: rig.gate.stats.standing_grants)
+    arbiter.hang_up()
+    until(lambda: not rig.gate.stats.gated)
+    permit = rig.gate.take()  # leave to run without the arbiter
+    assert permit is not None and permit.batch_size == JOIN.batch_size
+
+
+def test_a_plan_is_in_force_also_after_the_connection(rig: Rig) -> None:
+    arbiter = rig.join()
+    arbiter.say(wire.Plan(6, 9_000, True))
+    until(lambda: rig.queue.plans)
+    assert rig.queue.plans == [(6, 9_000, True)]
+    arbiter.hang_up()
+    again = rig.arbiter().welcome()
+    assert (again.batch_size, again.slo_us, again.reject_late) == (6, 9_000, True)
+
+
+def test_telemetry_is_told(rig: Rig) -> None:
+    assert rig.join().hear(wire.Telemetry) == wire.Telemetry({"answer": 42})
 
 
 def test_shed_reaches_the_queue(rig: Rig) -> None:
@@ -169,19 +239,19 @@ def test_without_an_arbiter_batches_run_two_at_most_and_one_joins_later(rig: Rig
     rig.want(100)
     assert [permit.batch_size for permit in rig.queue.permits] == [4, 4]
     running, behind = rig.queue.permits
-    assert rig.gate.begin(running, 60_000_000)
+    assert rig.gate.begin(running, 1, 60_000_000)
     join = rig.arbiter().welcome()
     assert join.running_percent == 40.0
     assert join.running_until_us > 0
     until(lambda: rig.gate.stats.gated)
-    assert not rig.gate.begin(behind, 1000)  # from now on only grants count
+    assert not rig.gate.begin(behind, 1, 1000)  # from now on only grants count
     arbiter = rig.arbiters[-1]
     rig.gate.done(running, 4, 0, 10)
     assert arbiter.hear(wire.Done).grant_id == 0  # the share of the ungated batch is free
     rig.queue.waiting = (96, 1_000_000)
     rig.gate.done(behind, 0, 0, 0)
     arbiter.say(wire.Grant(1, 4, 40.0, LONG))
-    assert rig.gate.begin(rig.permit(3), 1000)
+    assert rig.gate.begin(rig.permit(3), 1, 1000)
 
 
 def test_an_expired_lease_is_not_used(rig: Rig) -> None:
@@ -189,7 +259,7 @@ def test_an_expired_lease_is_not_used(rig: Rig) -> None:
     rig.want(1)
     arbiter.say(wire.Grant(5, 4, 40.0, 1))
     permit = rig.permit()
-    assert not rig.gate.begin(permit, 1000)
+    assert not rig.gate.begin(permit, 1, 1000)
     rig.gate.done(permit, 0, 0, 0)
     assert arbiter.hear(wire.Done).rows == 0
 
@@ -200,7 +270,7 @@ def test_a_lost_arbiter_opens_the_gate_and_its_return_closes_it(rig: Rig) -> Non
     arbiter.hear(wire.Work)
     arbiter.close()
     permit = rig.permit()  # ungated, at once
-    assert rig.gate.begin(permit, 1000)
+    assert rig.gate.begin(permit, 1, 1000)
     rig.queue.waiting = (0, 0)
     rig.gate.done(permit, 1, 0, 10)
     rig.arbiter().welcome()
@@ -217,7 +287,7 @@ def test_a_grant_of_an_arbiter_that_is_gone_is_void_once_its_successor_rules(rig
     arbiter.close()
     rig.arbiter().welcome()
     until(lambda: rig.gate.stats.arbiter_connects == 2)
-    assert not rig.gate.begin(permit, 1000)
+    assert not rig.gate.begin(permit, 1, 1000)
 
 
 def test_an_arbiter_that_accepts_but_never_answers_does_not_hold_work_up(rig: Rig) -> None:
@@ -225,14 +295,14 @@ def test_an_arbiter_that_accepts_but_never_answers_does_not_hold_work_up(rig: Ri
     rig.arbiter()
     rig.gate.start(rig.queue)
     rig.want(1)
-    assert rig.gate.begin(rig.permit(), 1000)
+    assert rig.gate.begin(rig.permit(), 1, 1000)
 
 
 def test_an_arbiter_that_falls_silent_is_left(rig: Rig) -> None:
     arbiter = rig.join()
     rig.want(1)
     arbiter.hear(wire.Ping, answer_pings=False)
-    assert rig.gate.begin(rig.permit(), 1000)
+    assert rig.gate.begin(rig.permit(), 1, 1000)
     assert rig.gate.stats.arbiter_disconnects == 1
 
 
@@ -241,7 +311,7 @@ def test_an_arbiter_that_answers_pings_but_never_grants_is_left(rig: Rig) -> Non
     listening = threading.Thread(target=hear_until_closed, args=(arbiter,))
     listening.start()
     rig.want(1)
-    assert rig.gate.begin(rig.permit(), 1000)
+    assert rig.gate.begin(rig.permit(), 1, 1000)
     listening.join(PATIENCE_S)
 
 
@@ -257,7 +327,7 @@ def test_garbage_or_refusal_opens_the_gate(rig: Rig, packet: bytes) -> None:
     arbiter = rig.join()
     rig.want(1)
     arbiter.connection.send(packet)
-    assert rig.gate.begin(rig.permit(), 1000)
+    assert rig.gate.begin(rig.permit(), 1, 1000)
 
 
 def test_unloading_says_so(rig: Rig) -> None:

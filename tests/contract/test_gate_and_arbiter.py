@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -15,39 +15,34 @@ from dstack_backend import wire
 from dstack_backend.errors import RequestError
 from dstack_backend.executor import Executor
 from dstack_backend.gate import ArbiterGate
+from dstack_backend.pipeline import Pipeline
+from dstack_backend.staging import Staging
 from dstack_backend.stats import Stats
 from dstack_sched.domain.event import PlanChanged
 from dstack_sched.domain.json_form import gpus_to_json
 from fakes.arbiter_bench import PATIENCE_S, ArbiterProcess, model_plan
+from fakes.backend import FakeDevice, FakeRequest
 
 BATCH = 4
 RUN_S = 0.002
 GPU_PERCENT = 60.0  # two of them do not fit into 100
 
 
-class Request:
+class Request(FakeRequest):
     """One row; `answers` counts how often it was answered or failed: once, whatever happens."""
 
-    wanted = ("y",)
-    budget_us = 0
-
     def __init__(self, settled: threading.Semaphore) -> None:
-        self.settled = settled
+        super().__init__()
+        self.release = settled
         self.answers: list[str] = []
-
-    def feeds(self) -> dict[str, np.ndarray]:
-        return {"x": np.zeros((1, 1), np.float32)}
-
-    def is_cancelled(self) -> bool:
-        return False
 
     def answer(self, outputs: Mapping[str, np.ndarray]) -> None:
         self.answers.append("answered")
-        self.settled.release()
+        self.release.release()
 
     def fail(self, error: RequestError) -> None:
         self.answers.append(str(error))
-        self.settled.release()
+        self.release.release()
 
 
 class Device:
@@ -57,14 +52,13 @@ class Device:
         self.lock = threading.Lock()
         self.running = self.most = 0
 
-    def run(self, feeds: Mapping[str, np.ndarray], names: Sequence[str]) -> list[np.ndarray]:
+    def run(self) -> None:
         with self.lock:
             self.running += 1
             self.most = max(self.most, self.running)
         time.sleep(RUN_S)
         with self.lock:
             self.running -= 1
-        return [feeds["x"]]
 
 
 class Instance:
@@ -75,9 +69,8 @@ class Instance:
         join = wire.Join(model, f"{model}_0", 1, 0, GPU_PERCENT, BATCH, BATCH, 100_000, False)
         gate = ArbiterGate(path, join, stats=self.stats)
         self.executor = Executor(
-            device.run,
+            Pipeline(FakeDevice(on_run=device.run), Staging(BATCH)),
             gate,
-            output_names=["y"],
             batched=True,
             batch_size=BATCH,
             slo_us=100_000,

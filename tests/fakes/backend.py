@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from dstack_backend.errors import RequestError, RunError
+from dstack_backend.errors import DeviceLostError, RequestError, RunError
 from dstack_backend.interfaces import Listener, Permit
+from dstack_backend.tensors import TensorSpec
 
 PATIENCE_S = 10.0
 
@@ -27,6 +28,8 @@ class FakeRequest:
     ):
         self.x = np.atleast_2d(np.asarray(x, np.float32)).T if np.ndim(x) < 2 else np.asarray(x)
         self.wanted = tuple(wanted)
+        self.on_device = False
+        self.deferred = False
         self.budget_us = budget_us
         self.cancelled = cancelled
         self.others = dict(others or {})
@@ -37,6 +40,9 @@ class FakeRequest:
 
     def feeds(self) -> dict[str, np.ndarray]:
         return {"x": self.x, **self.others}
+
+    def defer(self) -> None:
+        self.deferred = True
 
     def is_cancelled(self) -> bool:
         return self.cancelled
@@ -66,6 +72,8 @@ class ManualGate:
         self.void: set[Permit] = set()
         self.finished: list[tuple[Permit, int, int]] = []
         self.worked = 0
+        self.at_hand: list[Permit] = []  # what take() gives
+        self.begun: list[Permit] = []
         self.closed = False
         self._changed = threading.Condition()
 
@@ -77,8 +85,14 @@ class ManualGate:
             self.worked += 1
             self._changed.notify_all()
 
-    def begin(self, permit: Permit, expected_us: int) -> bool:
-        return permit not in self.void
+    def take(self) -> Permit | None:
+        return self.at_hand.pop() if self.at_hand else None
+
+    def begin(self, permit: Permit, rows: int, expected_us: int) -> bool:
+        if permit in self.void:
+            return False
+        self.begun.append(permit)
+        return True
 
     def done(self, permit: Permit, rows: int, late: int, run_us: int) -> None:
         with self._changed:
@@ -104,30 +118,100 @@ class ManualGate:
 
 
 class FakeDevice:
-    """y = 2 x, z = -x. A run can be held; rows of 13 fail. `batches` are the x of every run."""
+    """A session: y = 2 x, z = -x. A run can be held; rows of 13 fail, of 99 lose the device.
 
-    def __init__(self) -> None:
+    `batches` are the x of every launch. synchronous: it runs in launch(), as the CPU provider does; else in
+    wait(). on_run is called in each run.
+    """
+
+    def __init__(self, synchronous: bool = True, on_run: Callable[[], None] = lambda: None) -> None:
+        self.inputs = (TensorSpec("x", "tensor(float)", ("batch", None)),)
+        self.outputs = tuple(TensorSpec(name, "tensor(float)", ("batch", None)) for name in ("y", "z"))
+        self.levels: tuple[float, ...] = ()
+        self.groups = self.graphs = self.device_bytes = 0
+        self.synchronous, self.on_run = synchronous, on_run
         self.batches: list[np.ndarray] = []
         self.names: list[list[str]] = []
+        self.asked: list[tuple[float | None, int]] = []  # gpu_percent, sm_groups of every launch
+        self.staged = 0
+        self.open = 0  # batches between stage() and close()
+        self.waiting = 0  # launched and not yet waited for
+        self.most_launched = 0
         self.threads: set[int] = set()
         self.entered = threading.Semaphore(0)
         self.hold = threading.Event()
         self.hold.set()
 
-    def run(self, feeds: Mapping[str, np.ndarray], names: Sequence[str]) -> list[np.ndarray]:
-        self.batches.append(feeds["x"].copy())
-        self.names.append(list(names))
+    def stage(self, feeds: Mapping[str, np.ndarray]) -> FakeBatch:
+        self.staged += 1
+        self.open += 1
+        return FakeBatch(self, feeds["x"].copy())
+
+    def launch(
+        self,
+        staged: FakeBatch,
+        outputs: Sequence[str] | None = None,
+        *,
+        device_outputs: Sequence[str] = (),
+        gpu_percent: float | None = None,
+        sm_groups: int = 0,
+    ) -> FakeBatch:
+        assert not device_outputs
+        self.batches.append(staged.x)
+        self.names.append(list(outputs or ()))
+        self.asked.append((gpu_percent, sm_groups))
         self.threads.add(threading.get_ident())
-        self.entered.release()
-        assert self.hold.wait(PATIENCE_S)
-        x = feeds["x"]
-        if x.size and x.ravel()[0] == 13:
-            raise RunError("unlucky")
-        if x.size and x.ravel()[0] == 666:
-            raise ZeroDivisionError("a defect")
-        if x.size and x.ravel()[0] == 7:
-            return [x[:1] for _ in names]
-        return [{"y": 2 * x, "z": -x}[name] for name in names]
+        self.waiting += 1
+        self.most_launched = max(self.most_launched, self.waiting)
+        staged.names = list(outputs or ())
+        if self.synchronous:
+            staged.run()
+        return staged
+
+    def allocate(self, shape: tuple[int, ...], dtype: object) -> np.ndarray:
+        return np.empty(shape, dtype)
 
     def wait_running(self) -> None:
         assert self.entered.acquire(timeout=PATIENCE_S), "nothing runs"
+
+
+class FakeBatch:
+    """Staged and Running."""
+
+    def __init__(self, device: FakeDevice, x: np.ndarray):
+        self.device, self.x, self.rows = device, x, len(x)
+        self.names: list[str] = []
+        self.times_us = {"copy_in": 5, "run": 100, "copy_out": 7}
+        self.closed = False
+
+    def run(self) -> None:
+        self.device.entered.release()
+        self.device.on_run()
+        assert self.device.hold.wait(PATIENCE_S)
+        first = self.x.ravel()[0] if self.x.size else 0
+        if first == 13:
+            raise RunError("unlucky")
+        if first == 666:
+            raise ZeroDivisionError("a defect")
+        if first == 99:
+            raise DeviceLostError("the context is gone")
+
+    def wait(self) -> None:
+        try:
+            if not self.device.synchronous:
+                self.run()
+        finally:
+            self.device.waiting -= 1
+
+    def outputs(self) -> list[np.ndarray]:
+        if self.x.size and self.x.ravel()[0] == 7:
+            return [self.x[:1] for _ in self.names]
+        return [{"y": 2 * self.x, "z": -self.x}[name] for name in self.names]
+
+    def device_outputs(self) -> list[np.ndarray]:
+        return []
+
+    def close(self) -> None:
+        if not self.closed:
+            self.closed = True
+            self.device.open -= 1

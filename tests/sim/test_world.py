@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 
+from dstack_sched.engine.dstack import DStackEngine, Rules
+from dstack_sched.engine.interface import Engine
 from dstack_sched.engine.registry import POLICIES, make_engine, policy
 from dstack_sched.errors import InputError
 from dstack_sched.policy.interference import Interference
@@ -16,16 +20,21 @@ from dstack_sched.sim.world import World
 from fakes.worlds import HEAVY, LIGHT, demand, scenario
 
 
-def run(case: Scenario, name: str = "dstack", seed: int = 1) -> World:
-    return World(case, lambda: make_engine(name), seed, checked=True, record=True, drain_us=10_000_000).run()
+def run(
+    case: Scenario, name: str = "dstack", seed: int = 1, make: Callable[[], Engine] | None = None
+) -> World:
+    make = make or (lambda: make_engine(name))
+    return World(case, make, seed, checked=True, record=True, drain_us=10_000_000).run()
 
 
 def test_a_lone_request_takes_the_round_trip_and_its_run_time() -> None:
     """50 us to the engine, 50 us back, f(100, 1) without jitter: nothing else is added or lost."""
     case = scenario([(demand("m", 20.0), 100.0, LIGHT)], arrivals=Arrivals("periodic"), jitter=False)
-    result = summarize(run(case), "dstack", 1).models["m"]
     alone_ms = LIGHT[0] + LIGHT[1] + (LIGHT[2] + LIGHT[3]) / 100
-    assert result.latency_ms_p50 == pytest.approx(alone_ms + 0.1, abs=0.003)
+    asked = summarize(run(case, make=lambda: DStackEngine(Rules(stand=False))), "dstack", 1).models["m"]
+    assert asked.latency_ms_p50 == pytest.approx(alone_ms + 0.1, abs=0.003)
+    result = summarize(run(case), "dstack", 1).models["m"]
+    assert result.latency_ms_p50 == pytest.approx(alone_ms, abs=0.003), "a standing grant saves the trip"
     assert (result.offered, result.served, result.mean_batch_size) == (20, 20, 1.0)
 
 

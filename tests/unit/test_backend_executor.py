@@ -10,6 +10,8 @@ import pytest
 
 from dstack_backend.errors import CancelledError, RejectedError, RunError
 from dstack_backend.executor import CANCEL_CHECK_AFTER_US, Executor
+from dstack_backend.pipeline import Pipeline
+from dstack_backend.staging import Staging
 from fakes.backend import PATIENCE_S, FakeDevice, FakeRequest, ManualGate
 
 
@@ -22,8 +24,9 @@ class Rig:
         self.executor: Executor | None = None
 
     def start(self, **options) -> Executor:
-        settings = {"batched": True, "batch_size": 4, "prefetch": 64, "output_names": ["y", "z"], **options}
-        self.executor = Executor(self.device.run, self.gate, clock_us=lambda: self.now_us, **settings)
+        settings = {"batched": True, "batch_size": 4, "prefetch": 64, **options}
+        pipeline = Pipeline(self.device, Staging(4, self.device.allocate))
+        self.executor = Executor(pipeline, self.gate, clock_us=lambda: self.now_us, **settings)
         self.executor.start()
         return self.executor
 
@@ -94,15 +97,13 @@ def test_a_full_chained_batch_is_gathered_while_another_runs(rig: Rig) -> None:
     assert doubled(*rest)
 
 
-def test_runs_stay_in_one_thread_in_the_order_of_grants(rig: Rig) -> None:
-    """CUDA graphs belong to the thread that captured them."""
+def test_runs_are_in_the_order_of_grants(rig: Rig) -> None:
     executor = rig.start()
     requests = [FakeRequest(number) for number in range(20, 60)]
     for request in requests:
         executor.submit([request])
         rig.gate.grant(1)
     assert doubled(*requests)
-    assert len(rig.device.threads) == 1
     assert [int(batch[0, 0]) for batch in rig.device.batches] == list(range(20, 60))
 
 
@@ -294,12 +295,3 @@ def test_close_does_not_wait_for_ever(rig: Rig) -> None:
     executor.submit([stranded])
     executor.close(0.05)
     assert isinstance(stranded.wait().error, RejectedError)
-
-
-def test_a_failed_warm_up_is_raised_by_start(rig: Rig) -> None:
-    with pytest.raises(RunError, match="out of memory"):
-        rig.start(on_device_thread=fail_to_warm_up)
-
-
-def fail_to_warm_up() -> None:
-    raise RunError("out of memory")

@@ -15,7 +15,6 @@ from dstack_backend.signature import (
     check_config,
     complete,
     is_complete,
-    run_scalars,
 )
 from dstack_backend.tensors import TensorSpec
 
@@ -117,16 +116,6 @@ def test_a_number_a_row_is_seen_as_a_row_of_one() -> None:
     assert complete({}, session).outputs == (
         {"name": "y", "data_type": "TYPE_FP32", "dims": [1], "reshape": {"shape": []}},
     )
-
-
-def test_scalars_travel_as_one_element() -> None:
-    class Negate(FakeSession):
-        def run(self, feeds: Any, outputs: Any = None) -> list[np.ndarray]:
-            assert feeds["x"].shape == ()
-            return [np.negative(feeds["x"], dtype=np.float32).reshape(())]
-
-    run = run_scalars(Negate([spec("x")], [spec("y")]))
-    assert np.array_equal(run({"x": np.array([2.5], np.float32)}, ["y"])[0], [-2.5])
 
 
 def test_complete_configs_need_no_look_at_the_graph() -> None:

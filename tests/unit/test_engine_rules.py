@@ -5,6 +5,7 @@ from __future__ import annotations
 from dstack_sched.domain.decision import Grant, Overload, Shed
 from dstack_sched.domain.event import BackendJoined, BackendLeft, BatchFinished, PlanChanged, WorkQueued
 from dstack_sched.domain.workload import OnLate
+from dstack_sched.engine.dstack import DStackEngine, Rules
 from dstack_sched.engine.registry import make_engine
 from dstack_sched.policy.interference import Interference
 from fakes.worlds import LIGHT, demand, engine_model, surface
@@ -82,7 +83,7 @@ def test_messages_of_the_unknown_and_the_past_are_ignored() -> None:
 
 def test_run_times_are_learned_without_a_profile() -> None:
     """After a few batches of 5 ms the predicted end is near 5 ms, not the first guess."""
-    engine = make_engine("dstack")
+    engine = DStackEngine(Rules(stand=False))
     engine.handle(joined("m", 50.0, slo_us=100_000), 0)
     now, grant_id = 0, 0
     for _ in range(30):

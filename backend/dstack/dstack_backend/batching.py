@@ -10,21 +10,23 @@ from __future__ import annotations
 import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from dstack_backend.errors import RequestError, RunError
-from dstack_backend.interfaces import Feeds, Permit, Request
-from dstack_backend.tensors import Array
+from dstack_backend.interfaces import Feeds, Request
+from dstack_backend.tensors import Array, DeviceArray
+
+Output: TypeAlias = "Array | DeviceArray"
 
 
 class Item:
     """A request in the queue. rows 1 and `batched` False where the model has no batch dimension."""
 
     __slots__ = (
-        "arrival_us", "batched", "deadline_us", "done_rows", "feeds", "key", "order", "parts", "request",
-        "rows", "settled", "taken_rows",
+        "arrival_us", "batched", "deadline_us", "done_rows", "feeds", "key", "order", "parts", "queued_us",
+        "request", "rows", "settled", "taken_rows",
     )  # fmt: skip
 
     def __init__(self, request: Request, feeds: Feeds, batched: bool, arrival_us: int, deadline_us: int):
@@ -38,7 +40,8 @@ class Item:
         self.order = 0  # arrival order, set by the queue
         self.taken_rows = 0  # rows handed to batches so far
         self.done_rows = 0
-        self.parts: dict[int, Mapping[str, Array]] = {}  # outputs of the chunks done, by first row
+        self.queued_us = arrival_us  # when it was ready to run
+        self.parts: dict[int, Mapping[str, Output]] = {}  # outputs of the chunks done, by first row
         self.settled = False  # answered or failed: later chunks are dropped
 
 
@@ -80,31 +83,19 @@ class Batch:
     def batched(self) -> bool:
         return self.parts[0].item.batched
 
+    @property
+    def on_device(self) -> bool:
+        """True where all requests came, and want to be answered, in device memory."""
+        return all(
+            part.item.request.on_device and part.stop - part.start == part.item.rows for part in self.parts
+        )
+
     def outputs_wanted(self, order: Sequence[str]) -> list[str]:
         """The union of the outputs asked for, in graph order."""
         wanted: set[str] = set()
         for part in self.parts:
             wanted.update(part.item.request.wanted)
         return [name for name in order if name in wanted]
-
-
-class Job:
-    """A permit on its way through the stages."""
-
-    __slots__ = (
-        "batch", "buffers", "error", "feeds", "outputs", "permit", "ready", "stage_ns", "unanswered",
-    )  # fmt: skip
-
-    def __init__(self, permit: Permit):
-        self.permit = permit
-        self.ready = False  # a helper has made and gathered its batch
-        self.batch: Batch | None = None
-        self.buffers: Feeds = {}
-        self.feeds: Feeds = {}
-        self.outputs: dict[str, Array] = {}
-        self.error: RequestError | None = None
-        self.stage_ns: dict[str, int] = {}
-        self.unanswered = 0  # slices of its parts that helpers still answer
 
 
 def batch_of(parts: Sequence[Part]) -> Batch:
@@ -215,7 +206,7 @@ class RequestQueue:
         return items
 
 
-def check_rows(batch: Batch, outputs: Mapping[str, Array]) -> None:
+def check_rows(batch: Batch, outputs: Mapping[str, Output]) -> None:
     """Raise RunError where an output has not a row for each row of the batch."""
     if not batch.batched:
         return
@@ -227,18 +218,21 @@ def check_rows(batch: Batch, outputs: Mapping[str, Array]) -> None:
             )
 
 
-def outputs_of(batch: Batch, part: Part, outputs: Mapping[str, Array]) -> dict[str, Array]:
-    """The rows of a part in the outputs of its batch, as views."""
-    if len(batch.parts) == 1:
-        return dict(outputs)
+def outputs_of(batch: Batch, part: Part, outputs: Mapping[str, Output]) -> dict[str, Output]:
+    """The rows of a part in the outputs of its batch, as views; copies where other chunks are still to come,
+    for then they outlive the batch."""
     end = part.at + part.stop - part.start
-    return {name: array[part.at : end] for name, array in outputs.items()}
+    whole = len(batch.parts) == 1
+    rows = {name: array if whole else array[part.at : end] for name, array in outputs.items()}
+    if part.stop - part.start == part.item.rows:
+        return rows
+    return {name: array.copy() if isinstance(array, np.ndarray) else array for name, array in rows.items()}
 
 
-def assemble(item: Item) -> dict[str, Array]:
+def assemble(item: Item) -> dict[str, Output]:
     """The outputs that the request asked for, its chunks put together again."""
     wanted = item.request.wanted
     parts = [item.parts[start] for start in sorted(item.parts)]
     if len(parts) == 1:
         return {name: parts[0][name] for name in wanted}
-    return {name: np.concatenate([part[name] for part in parts]) for name in wanted}
+    return {name: np.concatenate([part[name] for part in parts]) for name in wanted}  # type: ignore[misc]

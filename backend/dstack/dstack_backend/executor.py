@@ -2,13 +2,13 @@
 
     Triton's thread  submit(): queue -> tell the gate -> block while enough waits (backlog stays in Triton)
     gate's thread    on_grant(): the right to run one batch
-    device thread    take a permit -> make and gather a batch -> run -> tell the gate -> answer
-    helper threads   while a batch runs: gather the next one, answer the last one
+    device thread    make a batch where nothing runs -> wait for it -> tell the gate
+    helper threads   while a batch runs: make and launch the next one behind it, answer the last one
 
-All runs happen in the device thread, in the order of their permits: CUDA graphs belong to the thread that
-captured them. A batch is made late: when it is its turn, or earlier once it would be full. The device thread
-does its own gathering and answering where nothing else waits, which saves a lone client two hand-overs.
-Knows neither Triton nor sockets.
+Batches are launched one at a time, in the order of their permits, at most one behind the one that runs. A
+batch is made late: when it is its turn, or earlier once it would be full. A request that comes alone, with a
+permit at hand, is run and answered by Triton's own thread: no hand-over, and no response to send from
+outside execute(), which costs Triton a round trip each. Knows neither Triton nor sockets.
 """
 
 from __future__ import annotations
@@ -19,28 +19,33 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 
-from dstack_backend.batching import (
-    Batch,
-    Item,
-    Job,
-    Part,
-    RequestQueue,
-    assemble,
-    batch_of,
-    check_rows,
-    outputs_of,
+from dstack_backend.answers import Answers
+from dstack_backend.batching import Batch, Item, Part, RequestQueue, batch_of
+from dstack_backend.errors import (
+    CancelledError,
+    DeviceLostError,
+    RejectedError,
+    RequestError,
+    RunError,
+    one_line,
 )
-from dstack_backend.errors import CancelledError, RejectedError, RequestError, RunError, one_line
-from dstack_backend.interfaces import Gate, Permit, Request, Run
-from dstack_backend.staging import Staging
+from dstack_backend.interfaces import Gate, Permit, Request
+from dstack_backend.pipeline import Job, Pipeline
 from dstack_backend.stats import Stats
 
 BEST_EFFORT_US = 3_600_000_000  # the deadline of a request without one: it never counts as late
 CANCEL_CHECK_AFTER_US = 5_000  # asking Triton costs a round trip; a request this young is rarely cancelled
-HELPERS = 3  # one gathers, two answer
+HELPERS = 4  # one makes the next batch, the others answer: Triton acknowledges a response in 0.1 ms or so
+MAX_LAUNCHED = 2  # one runs, one behind it
 FIRST_RUN_US = 10_000  # what a run is expected to take before any was seen
+# A request that follows its predecessor's answer this quickly was waiting in Triton: it is not alone.
+ALONE_AFTER_US = 100
+SHORT_RUN_US = 300  # a run this short gains nothing from overlapping
+LONG_RUN_US = 5_000  # during a run this long, Triton's thread had better take more requests in
 DRAIN_S = 20.0
 STOP_S = 5.0
+RETURN_S = 0.2
+UNLOADING = "the model is unloading"
 
 log = logging.getLogger("dstack")
 
@@ -50,63 +55,53 @@ def monotonic_us() -> int:
     return time.monotonic_ns() // 1000
 
 
-def late_rows(batch: Batch, now_us: int) -> int:
-    """Rows of a batch that are past their deadline."""
-    return sum(part.stop - part.start for part in batch.parts if part.item.deadline_us < now_us)
-
-
 class Executor:
     """One instance's queue and threads.
 
-    run(feeds, output names) -> arrays; raises RunError. output_names: in graph order. slo_us 0: best effort.
-    prefetch: batches that may wait here. batched False: every request runs alone. on_device_thread: called
-    once in the device thread before anything runs (warm-up); start() raises what it raises.
+    slo_us 0: best effort. prefetch: batches that may wait here; 0: submit() returns once all its requests are
+    settled. batched False: every request runs alone. on_lost: called once the device is lost and all that
+    was accepted is answered. slo_us, batch_size: what is in force, which the arbiter may change.
     """
 
     def __init__(
         self,
-        run: Run,
+        pipeline: Pipeline,
         gate: Gate,
         *,
-        output_names: Sequence[str],
         batched: bool,
         batch_size: int,
         slo_us: int = 0,
         reject_late: bool = False,
         prefetch: float = 2.0,
-        staging: Staging | None = None,
         stats: Stats | None = None,
         clock_us: Callable[[], int] = monotonic_us,
-        on_device_thread: Callable[[], None] = lambda: None,
+        on_lost: Callable[[], None] = lambda: None,
     ):
-        self._run = run
+        self._pipeline = pipeline
         self._gate = gate
-        self._output_names = tuple(output_names)
         self._batched = batched
-        self._slo_us = slo_us
-        self._reject_late = reject_late
-        self._prefetch, self._batch_size = prefetch, batch_size
-        self._prefetch_rows = prefetch * batch_size
-        self._staging = staging or Staging(batch_size)
+        self.slo_us, self._reject_late = slo_us, reject_late
+        self._prefetch, self.batch_size = prefetch, batch_size
+        self._prefetch_rows = max(1.0, prefetch * batch_size)
         self.stats = stats or Stats()
         self._now_us = clock_us
-        self._on_device_thread = on_device_thread
+        self._on_lost = on_lost
         self._lock = threading.Lock()
         self._device_wakes = threading.Condition(self._lock)
         self._helpers_wake = threading.Condition(self._lock)
         self._room = threading.Condition(self._lock)  # submit() waits for the queue to shrink
-        self._drained = threading.Condition(self._lock)  # close() waits for the last answer
         self._queue = RequestQueue()
+        self._answers = Answers(self.stats, clock_us, self._drop)
         self._permits: deque[Permit] = deque()
-        self._ahead: Job | None = None  # being gathered by a helper, runs next
-        self._finished: deque[tuple[Job, list[Part]]] = deque()  # to be answered by helpers
-        self._running = False
-        self._in_flight = 0  # requests accepted and not yet settled
+        self._making = False  # someone makes a batch for the next permit
+        self._launched: deque[Job] = deque()  # on the device, in order; the first one runs
+        self._finished: deque[tuple[Job, Sequence[Part]]] = deque()  # to be answered by helpers
+        self._kept: Job | None = None  # its answers were returned: Triton may still read them
+        self._lost: RequestError | None = None  # the device is gone, and why
         self._closing = False
         self._stopped = False
         self._run_us: dict[int, int] = {}  # last run time by rows: what begin() is told to expect
-        self._started = threading.Event()
-        self._start_error: BaseException | None = None
+        self._returned_us = 0  # when submit() last returned with all answered
         self._threads = [threading.Thread(target=self._device_loop, name="dstack-device", daemon=True)]
         self._threads += [
             threading.Thread(target=self._helper_loop, name=f"dstack-helper-{index}", daemon=True)
@@ -114,36 +109,30 @@ class Executor:
         ]
 
     def start(self) -> None:
-        """Start the threads; returns once the device thread is warm. Raises what warming up raised."""
         for thread in self._threads:
             thread.start()
-        self._started.wait()
-        if self._start_error is not None:
-            self.close(0)
-            raise self._start_error
         self._gate.start(self)
 
     # Triton's thread
 
     def submit(self, requests: Iterable[Request]) -> None:
         """Accept requests; each will be answered or failed. Blocks while enough rows wait."""
-        started_ns = time.perf_counter_ns()
+        kept, self._kept = self._kept, None
+        if kept is not None:
+            self._pipeline.close(kept)
+        started_us = self._now_us()
         items = [item for item in map(self._accept, requests) if item]
-        with self._lock:
-            refused = items if self._closing else []
-            if not refused:
-                for item in items:
-                    self._queue.push(item)
-                    self.stats.rows += item.rows
-                self._in_flight += len(items)
-                self.stats.waiting_rows = self._queue.rows
-                self.stats.requests += len(items)
-                self.stats.stage_ns["accept"] += time.perf_counter_ns() - started_ns
-                if self._running and self._permits:
-                    self._helpers_wake.notify()
-        for item in refused:
-            item.request.fail(RejectedError("the model is unloading"))
+        if self._run_here(items, started_us):
+            return
+        refusal = self._enqueue(items)
+        if refusal is not None:
+            for item in items:
+                item.request.fail(refusal)
+            return
         self._gate.work()
+        if not self._prefetch:
+            self._answers.wait_for(items)
+            return
         with self._lock:
             while self._queue.rows >= self._prefetch_rows and not self._closing:
                 self._room.wait()
@@ -152,16 +141,79 @@ class Executor:
         now = self._now_us()
         failure: RequestError
         try:
-            budget_us = request.budget_us or self._slo_us or BEST_EFFORT_US
+            budget_us = request.budget_us or self.slo_us or BEST_EFFORT_US
             return Item(request, request.feeds(), self._batched, now, now + budget_us)
         except RequestError as error:
             failure = error
         except Exception as error:
             failure = RunError(f"cannot read the request: {one_line(error)}")
-        with self._lock:
-            self.stats.failed += 1
+        self._answers.unreadable()
         request.fail(failure)
         return None
+
+    def _enqueue(self, items: Sequence[Item]) -> RequestError | None:
+        """Put requests in the queue; why not, where they cannot be served any more."""
+        for item in items:
+            item.request.defer()
+        with self._lock:
+            if self._lost is not None or self._closing:
+                return self._lost or RejectedError(UNLOADING)
+            now_us = self._now_us()
+            for item in items:
+                item.queued_us = now_us
+                self._queue.push(item)
+            self._answers.expect(items)
+            self.stats.waiting_rows = self._queue.rows
+            if self._launched and self._permits:
+                self._helpers_wake.notify()
+        return None
+
+    def _run_here(self, items: Sequence[Item], started_us: int) -> bool:
+        """Run and answer a batch of these in this thread, where they are alone and a permit is at hand."""
+        if not items or self._answers.in_flight or self._closing or not self._is_alone(items, started_us):
+            return False
+        permit = self._gate.take()
+        if permit is None:
+            return False
+        rows = sum(item.rows for item in items)
+        if rows > permit.batch_size or (len(items) > 1 and not self._batched):
+            self.on_grant(permit)  # batches are made from the queue
+            return False
+        job, now_us = Job(permit), self._now_us()
+        job.here = True
+        job.batch = batch_of([Part(item, 0, item.rows) for item in items])
+        for item in items:
+            item.taken_rows, item.queued_us = item.rows, now_us
+        self._answers.expect(items)
+        self._note_made(job)
+        self._pipeline.prepare(job)
+        if not self._launch(job):
+            self._answers.forget(items)
+            self._pipeline.close(job)
+            for item in items:
+                item.taken_rows = 0
+            self._gate.done(permit, 0, 0, 0)
+            return False
+        self._wait(job)
+        self._pipeline.collect(job)
+        self._answer(job, job.batch.parts)
+        self._answers.answered(job)
+        self._kept = job
+        self.stats.returned += len(items)
+        self._returned_us = self._now_us()
+        return True
+
+    def _is_alone(self, items: Sequence[Item], started_us: int) -> bool:
+        """Whether Triton's thread has nothing better to do than to run these: nothing follows on their heels,
+        or the run is too short for overlap to pay."""
+        if any(item.key != items[0].key for item in items):
+            return False
+        if not self._prefetch:
+            return True
+        run_us = self._expected_us(sum(item.rows for item in items))
+        if run_us <= SHORT_RUN_US:
+            return True
+        return run_us <= LONG_RUN_US and started_us - self._returned_us > ALONE_AFTER_US
 
     # The gate's callbacks
 
@@ -172,112 +224,85 @@ class Executor:
     def on_grant(self, permit: Permit) -> None:
         with self._lock:
             self._permits.append(permit)
-            # A live plan may grant more than the config says.
-            self._prefetch_rows = self._prefetch * max(self._batch_size, permit.batch_size)
-            if self._running:
-                self._helpers_wake.notify()
-            else:
-                self._device_wakes.notify()
+            if permit.batch_size > self.batch_size:  # a live plan may grant more than the config says
+                self.batch_size = permit.batch_size
+                self._prefetch_rows = max(1.0, self._prefetch * permit.batch_size)
+            (self._helpers_wake if self._launched else self._device_wakes).notify()
 
     def on_shed(self, deadline_before_us: int) -> None:
         with self._lock:
             items = self._queue.remove_before(deadline_before_us)
             self._room.notify_all()
-        self._reject(items, "shed by the scheduler: it could not meet its deadline")
+        self._answers.reject(items, "shed by the scheduler: it could not meet its deadline")
+
+    def on_plan(self, batch_size: int, slo_us: int, reject_late: bool) -> None:
+        with self._lock:
+            self.batch_size, self.slo_us, self._reject_late = batch_size, slo_us, reject_late
+            self._prefetch_rows = max(1.0, self._prefetch * batch_size)
+            self._room.notify_all()
 
     # The device thread
 
     def _device_loop(self) -> None:
-        try:
-            self._on_device_thread()
-        except BaseException as error:
-            self._start_error = error
-            return
-        finally:
-            self._started.set()
         while (job := self._next_job()) is not None:
-            try:
-                if not job.ready:
-                    self._make_batch(job)
-                    self._gather(job)
-                self._execute(job)
-            except Exception as error:  # a defect: answer for it, and keep serving
-                job.error = RunError(f"{type(error).__name__}: {one_line(error)}")
-            self._finish(job)
+            if job.batch is None:
+                self._make(job)
+            elif job.begun:
+                self._finish(job)
 
     def _next_job(self) -> Job | None:
-        """The next permit; where a helper makes its batch already, once that is gathered."""
+        """The batch that runs, to be waited for; where none does, a new job for the next permit."""
         with self._lock:
-            self._running = False
             while True:
-                if self._ahead is not None:
-                    if self._ahead.ready:
-                        break
-                elif self._permits:
-                    self._ahead = Job(self._permits.popleft())
-                    break
-                elif self._stopped:
+                if self._launched:
+                    if not self._launched[0].here:
+                        return self._launched[0]
+                elif self._permits and not self._making:
+                    self._making = True
+                    return Job(self._permits.popleft())
+                if self._stopped:
                     return None
                 self._device_wakes.wait()
-            job, self._ahead = self._ahead, None
-            self._running = True
-            if self._permits:
-                self._helpers_wake.notify()
-            return job
-
-    def _execute(self, job: Job) -> None:
-        """Run the batch; give it back to the queue where its permit is void."""
-        batch = job.batch
-        if batch is None:
-            return
-        if not self._gate.begin(job.permit, self._expected_us(batch.rows)):
-            with self._lock:
-                self._queue.give_back(batch)
-                self._staging.release(batch, job.buffers)
-            job.batch = None
-            return
-        if job.error is not None:
-            return
-        names = batch.outputs_wanted(self._output_names)
-        started_ns = time.perf_counter_ns()
-        try:
-            arrays = self._run(job.feeds, names)
-            job.outputs = dict(zip(names, arrays, strict=True))
-            check_rows(batch, job.outputs)
-        except RequestError as error:
-            job.error = error
-        job.stage_ns["run"] = time.perf_counter_ns() - started_ns
-
-    def _expected_us(self, rows: int) -> int:
-        return self._run_us.get(rows) or max(self._run_us.values(), default=FIRST_RUN_US)
 
     def _finish(self, job: Job) -> None:
-        """The device is free: tell the gate before any client is answered, then see to the answers."""
-        batch, now_us = job.batch, self._now_us()
-        run_us = job.stage_ns.get("run", 0) // 1000
-        late = late_rows(batch, now_us) if batch else 0
-        self._gate.done(job.permit, batch.rows if batch else 0, late, run_us)
+        """Wait for a batch; the device is free: tell the gate before any client is answered."""
+        with self._pipeline.turn:
+            pass  # whoever launches it has done so
+        self._wait(job)
+        batch = job.batch
+        assert batch is not None
         with self._lock:
-            if batch is None:
-                self.stats.unused_grants += 1
-                return
-            self._run_us[batch.rows] = run_us
-            self.stats.batches += 1
-            self.stats.sizes[1 << (batch.rows - 1).bit_length()] += 1
-            self.stats.stage_ns.update(job.stage_ns)
-            alone = not self._permits and self._ahead is None and not self._queue.rows
+            alone = not self._permits and not self._launched and not self._making and not self._queue.rows
             if not alone or len(batch.parts) > 1:
-                slices = min(HELPERS, len(batch.parts))
-                job.unanswered = slices
-                self._finished.extend((job, batch.parts[index::slices]) for index in range(slices))
-                self._helpers_wake.notify(slices)
+                self._finished.append((job, ()))
+                self._helpers_wake.notify()
                 return
-        job.unanswered = 1
-        self._respond(job, batch.parts)
+        self._respond(job)
 
     # Making batches: the device thread, or a helper while a batch runs
 
-    def _make_batch(self, job: Job) -> None:
+    def _make(self, job: Job) -> None:
+        """Make a batch for a permit, gather, stage and launch it. The caller has set _making."""
+        try:
+            self._take_batch(job)
+            if job.batch is not None:
+                self._pipeline.prepare(job)
+                if not self._launch(job):
+                    with self._lock:
+                        self._queue.give_back(job.batch)
+                    self._pipeline.close(job)
+                    job.batch = None
+        finally:
+            with self._lock:
+                self._making = False
+                self._device_wakes.notify()
+                self._helpers_wake.notify()
+        if job.batch is None:
+            self._gate.done(job.permit, 0, 0, 0)
+            with self._lock:
+                self.stats.unused_grants += 1
+
+    def _take_batch(self, job: Job) -> None:
         """Take a batch from the queue; none where nothing waits."""
         while True:
             with self._lock:
@@ -285,12 +310,14 @@ class Executor:
                 batch = self._queue.take(max(1, job.permit.batch_size))
                 self.stats.waiting_rows = self._queue.rows
                 self._room.notify_all()
-            self._reject(expired, "its deadline had passed before it could run")
+            self._answers.reject(expired, "its deadline had passed before it could run")
             if batch is not None:
                 batch = self._without_dead(batch)
             if batch is None or batch.parts:
                 job.batch = batch
-                return
+                break
+        if batch is not None:
+            self._note_made(job)
 
     def _without_dead(self, batch: Batch) -> Batch:
         """The batch without parts whose clients gave up or whose earlier chunk failed."""
@@ -298,122 +325,149 @@ class Executor:
         for part in batch.parts:
             item = part.item
             if not item.settled and item.arrival_us <= old_us and item.request.is_cancelled():
-                self._settle(item, CancelledError("cancelled by the client"))
+                self._answers.settle(item, CancelledError("cancelled by the client"))
         kept = [part for part in batch.parts if not part.item.settled]
         return batch if len(kept) == len(batch.parts) else batch_of(kept)
 
-    def _gather(self, job: Job) -> None:
+    def _launch(self, job: Job) -> bool:
+        """Launch a prepared job, once those before it are launched; False where its permit is void."""
+        assert job.batch is not None
+        with self._pipeline.turn:
+            rows = job.batch.rows
+            if self._lost is not None:
+                job.error = job.error or self._lost
+            job.begun = self._gate.begin(job.permit, rows, self._expected_us(rows))
+            if not job.begun:
+                return False
+            with self._lock:
+                self._launched.append(job)
+                if not job.here:
+                    self._making = False
+                    self._device_wakes.notify()
+                    if self._permits:
+                        self._helpers_wake.notify()
+            self._pipeline.launch(job)
+        return True
+
+    def _wait(self, job: Job) -> None:
+        """Wait for the batch on the device and tell the gate that it is free."""
         batch = job.batch
-        if batch is None:
-            return
-        started_ns, now_us = time.perf_counter_ns(), self._now_us()
+        assert batch is not None
+        run_us = self._pipeline.wait(job)
+        now_us = self._now_us()
+        late = sum(part.stop - part.start for part in batch.parts if part.item.deadline_us < now_us)
+        self._gate.done(job.permit, batch.rows, late, run_us)
         with self._lock:
-            job.buffers = self._staging.lease(batch)
-        job.feeds = self._staging.fill(batch, job.buffers)
-        waited_us = sum(now_us - part.item.arrival_us for part in batch.parts) // len(batch.parts)
-        job.stage_ns = {"wait": waited_us * 1000, "gather": time.perf_counter_ns() - started_ns}
+            self._launched.remove(job)
+            self._run_us[batch.rows] = run_us
+            if job.here and (self._launched or self._permits):
+                self._device_wakes.notify()
+
+    def _expected_us(self, rows: int) -> int:
+        return self._run_us.get(rows) or max(self._run_us.values(), default=FIRST_RUN_US)
+
+    def _note_made(self, job: Job) -> None:
+        assert job.batch is not None
+        items = [part.item for part in job.batch.parts]
+        now_us, count = self._now_us(), len(items)
+        job.stage_us["hand_over"] = sum(item.queued_us - item.arrival_us for item in items) // count
+        job.stage_us["wait_grant"] = max(0, sum(now_us - item.queued_us for item in items) // count)
 
     # Helpers
 
     def _helper_loop(self) -> None:
         while (help_wanted := self._next_help()) is not None:
             job, parts = help_wanted
-            if parts:
-                self._respond(job, parts)
-                continue
-            try:
-                self._make_batch(job)
-                self._gather(job)
-            except Exception as error:  # a defect: the device thread answers for it
-                job.error = RunError(f"{type(error).__name__}: {one_line(error)}")
-            with self._lock:
-                job.ready = True
-                self._device_wakes.notify()
+            if not job.begun:
+                self._make(job)
+            elif parts:
+                self._answer_slice(job, parts)
+            else:
+                self._respond(job)
 
-    def _next_help(self) -> tuple[Job, list[Part]] | None:
-        """A job to gather (no parts) where one runs and the next batch is full and permitted; else parts of a
-        job to answer."""
+    def _next_help(self) -> tuple[Job, Sequence[Part]] | None:
+        """A job to make behind the one that runs, where its batch would be full; else one to answer."""
         with self._lock:
             while True:
-                may_gather = self._running and self._ahead is None and self._permits
-                if may_gather and self._queue.rows >= self._permits[0].batch_size:
-                    self._ahead = Job(self._permits.popleft())
-                    return self._ahead, []
+                may_make = self._permits and not self._making and 0 < len(self._launched) < MAX_LAUNCHED
+                if may_make and self._queue.rows >= self._permits[0].batch_size:
+                    self._making = True
+                    return Job(self._permits.popleft()), ()
                 if self._finished:
                     return self._finished.popleft()
                 if self._stopped:
                     return None
                 self._helpers_wake.wait()
 
-    def _respond(self, job: Job, parts: Sequence[Part]) -> None:
-        """Answer some of a job's parts; whoever answers the last ones gives its buffers back."""
-        started_ns = time.perf_counter_ns()
+    def _respond(self, job: Job) -> None:
+        """Bring the outputs of a job home and answer its parts, other helpers some of them."""
         assert job.batch is not None
-        for part in parts:
-            if job.error is not None:
-                self._settle(part.item, job.error)
-                continue
-            part.item.parts[part.start] = outputs_of(job.batch, part, job.outputs)
-            if self._is_whole(part):
-                self._settle(part.item, None)
+        self._pipeline.collect(job)
+        parts = job.batch.parts
+        slices = min(HELPERS - 1, len(parts))
+        job.unanswered = slices
+        if slices > 1:
+            with self._lock:
+                self._finished.extend((job, parts[index::slices]) for index in range(1, slices))
+                self._helpers_wake.notify(slices - 1)
+        self._answer_slice(job, parts[::slices])
+
+    def _answer_slice(self, job: Job, parts: Sequence[Part]) -> None:
+        """Answer some parts; whoever answers the last ones gives the job's memory back."""
+        self._answer(job, parts)
         with self._lock:
             job.unanswered -= 1
-            if not job.unanswered:
-                self._staging.release(job.batch, job.buffers)
-            self.stats.stage_ns["respond"] += time.perf_counter_ns() - started_ns
-
-    def _is_whole(self, part: Part) -> bool:
-        """True for the chunk that completes its request."""
-        item = part.item
-        if part.stop - part.start == item.rows:
-            return True
-        with self._lock:
-            item.done_rows += part.stop - part.start
-            return item.done_rows == item.rows
-
-    def _settle(self, item: Item, error: RequestError | None) -> None:
-        """Answer a request, once. Its later chunks, if any wait, are dropped."""
-        with self._lock:
-            if item.settled:
+            if job.unanswered:
                 return
-            item.settled = True
-            if item.taken_rows < item.rows:
-                self._queue.drop(item)
-            self.stats.late += item.deadline_us < self._now_us()
-            self.stats.failed += isinstance(error, RunError)
-            self.stats.rejected += isinstance(error, RejectedError)
-            self.stats.cancelled += isinstance(error, CancelledError)
-        try:
-            if error is None:
-                item.request.answer(assemble(item))
-            else:
-                item.request.fail(error)
-        except Exception as failure:
-            log.error("cannot answer a request: %s", one_line(failure))
+        self._answers.answered(job)
+        self._pipeline.close(job)
+
+    def _answer(self, job: Job, parts: Sequence[Part]) -> None:
+        if isinstance(job.error, DeviceLostError):
+            self._lose(job.error)
+        self._answers.answer(job, parts)
+
+    def _drop(self, item: Item) -> None:
         with self._lock:
-            self._in_flight -= 1
-            if not self._in_flight:
-                self._drained.notify_all()
+            self._queue.drop(item)
 
-    def _reject(self, items: Sequence[Item], why: str) -> None:
+    # The end
+
+    def _lose(self, error: DeviceLostError) -> None:
+        """The device is gone for good: answer all that waits, then let the process be ended."""
+        with self._lock:
+            if self._lost is not None:
+                return
+            self._lost = error
+            items = self._queue.clear()
+            self._room.notify_all()
+        log.error("the device is lost, this process ends: %s", one_line(error))
         for item in items:
-            self._settle(item, RejectedError(why))
+            self._answers.settle(item, error)
+        threading.Thread(target=self._end_lost, name="dstack-end", daemon=True).start()
 
-    # Unloading
+    def _end_lost(self) -> None:
+        self._answers.wait_drained(STOP_S)
+        self._gate.close()
+        time.sleep(RETURN_S)  # answers that Triton's thread returns are on their way
+        self._on_lost()
 
     def close(self, drain_s: float = DRAIN_S) -> None:
         """Serve what was accepted, for at most drain_s; then fail the rest, stop the gate and the threads."""
         with self._lock:
             self._closing = True
             self._room.notify_all()
-            self._drained.wait_for(lambda: not self._in_flight, drain_s)
+        self._answers.wait_drained(drain_s)
+        with self._lock:
             left = self._queue.clear()
-        for item in left:
-            self._settle(item, RejectedError("the model is unloading"))
+        self._answers.reject(left, UNLOADING)
         self._gate.close()
         with self._lock:
             self._stopped = True
             self._device_wakes.notify_all()
             self._helpers_wake.notify_all()
         for thread in self._threads:
-            thread.join(STOP_S)
+            if thread.is_alive():
+                thread.join(STOP_S)
+        if self._kept is not None:
+            self._pipeline.close(self._kept)

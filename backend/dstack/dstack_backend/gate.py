@@ -7,6 +7,8 @@
 It fails open: when the socket is gone, or the arbiter does not answer a ping (stopped, hung), or work waits
 far too long without a grant. Then it reconnects, with growing pauses, by itself: a ping first, so that a
 stopped arbiter, whose socket still accepts, never holds up a batch.
+
+A standing grant is kept here until there is work for it, or until it is revoked.
 """
 
 from __future__ import annotations
@@ -17,9 +19,10 @@ import os
 import select
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from dstack_backend import wire
 from dstack_backend.executor import monotonic_us
@@ -47,6 +50,7 @@ class Timing:
     starved_after_us: int = 10_000_000  # work waits, no grant comes, though the arbiter answers
     first_pause_us: int = 50_000
     longest_pause_us: int = 1_000_000
+    telemetry_us: int = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,10 +60,12 @@ class _Token:
     epoch: int
     grant_id: int
     lease_until_us: int
+    standing: bool = False
 
 
 class ArbiterGate:
-    """A gate over the arbiter's socket. `join` describes the instance. Thread-safe.
+    """A gate over the arbiter's socket. `join` describes the instance. telemetry: what the arbiter is told
+    once a second. Thread-safe.
 
     Lock order: this gate's lock, then the executor's (its callbacks run under ours).
     """
@@ -70,6 +76,7 @@ class ArbiterGate:
         join: wire.Join,
         *,
         stats: Stats | None = None,
+        telemetry: Callable[[], Mapping[str, Any]] | None = None,
         timing: Timing = Timing(),
         clock_us: Callable[[], int] = monotonic_us,
     ):
@@ -78,12 +85,15 @@ class ArbiterGate:
         self._timing = timing
         self._now_us = clock_us
         self.stats = stats or Stats()
+        self._telemetry = telemetry
+        self._tell_at_us = 0
         self._lock = threading.RLock()
         self._listener: Listener | None = None
         self._state = OPEN
         self._socket: socket.socket | None = None
         self._epoch = 0  # of the connection in force; grows with each
         self._outstanding = 0  # permits given to the executor and not yet done
+        self._standing: Permit | None = None  # a grant ahead of the work, not yet used
         self._running: tuple[Permit, int] | None = None  # the batch on the device, and when it should end
         self._joined_running: Permit | None = None  # the ungated batch that Join told the arbiter about
         self._reported: tuple[int, int] = (0, 0)
@@ -105,10 +115,21 @@ class ArbiterGate:
         with self._lock:
             if self._state == OPEN:
                 self._open_grants()
-            elif self._state == GATED:
+            elif self._state == GATED and not self._give_standing():
                 self._report()
 
-    def begin(self, permit: Permit, expected_us: int) -> bool:
+    def take(self) -> Permit | None:
+        """See Gate.take: the standing grant, or leave to run where nobody is asked and nothing runs."""
+        with self._lock:
+            if self._state == OPEN and not self._outstanding and not self._closing:
+                self._outstanding = 1
+                return self._open_permit()
+            permit, self._standing = self._standing, None
+            if permit is not None:
+                self._outstanding += 1
+            return permit
+
+    def begin(self, permit: Permit, rows: int, expected_us: int) -> bool:
         now = self._now_us()
         token = permit.token
         assert isinstance(token, _Token)
@@ -119,6 +140,8 @@ class ArbiterGate:
             self._running = (permit, now + expected_us)
             if token.epoch == 0:
                 self.stats.ungated_batches += 1
+            elif token.standing and self._state == GATED:
+                self._send_start(token.grant_id, rows)
             return True
 
     def done(self, permit: Permit, rows: int, late: int, run_us: int) -> None:
@@ -161,8 +184,10 @@ class ArbiterGate:
         waiting, _ = self._listener.state()
         if waiting and self._outstanding < MAX_OUTSTANDING:
             self._outstanding += 1
-            token = _Token(0, 0, NEVER)
-            self._listener.on_grant(Permit(self._join.batch_size, self._join.gpu_percent, token))
+            self._listener.on_grant(self._open_permit())
+
+    def _open_permit(self) -> Permit:
+        return Permit(self._join.batch_size, self._join.gpu_percent, _Token(0, 0, NEVER))
 
     # To the arbiter
 
@@ -177,6 +202,22 @@ class ArbiterGate:
             return
         self._note_report(waiting, deadline_us)
         self._send(wire.Work(waiting, deadline_us))
+
+    def _give_standing(self) -> bool:
+        """Let work that waits run under the standing grant; False where there is none, or no work."""
+        assert self._listener is not None
+        if self._standing is None or not self._listener.state()[0]:
+            return False
+        permit, self._standing = self._standing, None
+        self._outstanding += 1
+        self._listener.on_grant(permit)
+        return True
+
+    def _send_start(self, grant_id: int, rows: int) -> None:
+        assert self._listener is not None
+        waiting, deadline_us = self._listener.state()
+        self._note_report(waiting, deadline_us)
+        self._send(wire.Start(grant_id, rows, waiting, deadline_us))
 
     def _send_done(self, grant_id: int, rows: int, late: int, run_us: int) -> None:
         assert self._listener is not None
@@ -287,6 +328,7 @@ class ArbiterGate:
         connection = self._socket
         while connection is not None and connection is self._socket and not self._closing:
             try:
+                self._tell()
                 if connection.fileno() in _readable([connection.fileno(), self._wake_read], timing.tick_us):
                     self._handle(self._receive(connection))
                 else:
@@ -304,18 +346,57 @@ class ArbiterGate:
             self._asked_us = 0
             assert self._listener is not None
             if isinstance(message, wire.Grant):
-                if not self._outstanding and self._reported[0]:
-                    self.stats.stage_ns["grant"] += (self._heard_us - self._wanting_since_us) * 1000
-                self._wanting_since_us = self._heard_us
-                self._outstanding += 1
-                self._batch_size = max(self._join.batch_size, message.batch_size)
-                self.stats.grants += 1
-                token = _Token(self._epoch, message.grant_id, message.lease_until_us)
-                self._listener.on_grant(Permit(message.batch_size, message.gpu_percent, token))
-                return
+                self._granted(message)
+            elif isinstance(message, wire.Revoke):
+                self._revoked(message.grant_id)
+            elif isinstance(message, wire.Plan):
+                self._adopt(message)
         if isinstance(message, wire.Shed):
             self._listener.on_shed(message.deadline_before_us)
             self.work()
+
+    def _granted(self, grant: wire.Grant) -> None:
+        assert self._listener is not None
+        self._wanting_since_us = self._heard_us
+        self._batch_size = max(self._join.batch_size, grant.batch_size)
+        self.stats.grants += 1
+        token = _Token(self._epoch, grant.grant_id, grant.lease_until_us, grant.standing)
+        permit = Permit(grant.batch_size, grant.gpu_percent, token, grant.sm_groups)
+        if grant.standing:
+            self.stats.standing_grants += 1
+            self._standing = permit
+            self._give_standing()
+            return
+        self._outstanding += 1
+        self._listener.on_grant(permit)
+
+    def _revoked(self, grant_id: int) -> None:
+        """Give the standing grant back. One that is in use, or about to be, was started before we knew."""
+        token = self._standing.token if self._standing else None
+        if isinstance(token, _Token) and token.grant_id == grant_id:
+            self._standing = None
+            self._send_done(grant_id, 0, 0, 0)
+
+    def _adopt(self, plan: wire.Plan) -> None:
+        """From now on this is in force, also while the arbiter is away: the config file says the same."""
+        assert self._listener is not None
+        batch_size = max(1, min(plan.batch_size, self._join.max_batch_size))
+        self._join = replace(
+            self._join, batch_size=batch_size, slo_us=plan.slo_us, reject_late=plan.reject_late
+        )
+        self._batch_size = batch_size
+        self._listener.on_plan(batch_size, plan.slo_us, plan.reject_late)
+
+    def _tell(self) -> None:
+        """Telemetry, once a period."""
+        now_us = self._now_us()
+        if self._telemetry is None or now_us < self._tell_at_us:
+            return
+        self._tell_at_us = now_us + self._timing.telemetry_us
+        message = wire.Telemetry(dict(self._telemetry()))
+        with self._lock:
+            if self._state == GATED:
+                self._send(message)
 
     def _check_alive(self) -> None:
         """Ask for a sign of life after silence; fail open where none comes, or where work starves."""
@@ -338,7 +419,7 @@ class ArbiterGate:
             with contextlib.suppress(OSError):
                 connection.close()
         was_gated, self._state = self._state == GATED, OPEN
-        self._joined_running = None
+        self._joined_running = self._standing = None
         self.stats.gated = 0
         if was_gated and why:
             self.stats.arbiter_disconnects += 1

@@ -14,16 +14,19 @@ import onnxruntime as ort
 from dstack_backend import wire
 from dstack_backend.endpoint import socket_path
 from dstack_backend.errors import BackendError, ModelError
-from dstack_backend.executor import Executor
+from dstack_backend.executor import Executor, monotonic_us
 from dstack_backend.gate import ArbiterGate
 from dstack_backend.interfaces import Request
+from dstack_backend.pipeline import Pipeline
 from dstack_backend.runtime import PROVIDERS, CpuSession, load_session
-from dstack_backend.session import Session
+from dstack_backend.session import Session, ladder
 from dstack_backend.settings import Settings, parameter_texts, parse_settings
 from dstack_backend.settings import model_path as path_of_model
-from dstack_backend.signature import Completion, check_config, complete, is_complete, run_scalars, sample
+from dstack_backend.signature import Completion, check_config, complete, is_complete, sample
 from dstack_backend.staging import Staging
-from dstack_backend.stats import Stats
+from dstack_backend.stats import Stats, Window
+
+EXIT_LOST = 70  # the process ends because its device is gone; Triton sees a dead stub
 
 log = logging.getLogger("dstack")
 
@@ -39,6 +42,7 @@ class Instance:
         settings = self.settings
         refuse_decoupled(config, settings.model)
         self.stats = Stats()
+        self._window = Window(self.stats, monotonic_us())
         self._session = load_session(
             settings.model_path,
             provider=settings.provider,
@@ -48,6 +52,7 @@ class Instance:
         )
         try:
             check_config(config, self._session, settings.model)
+            warm_up(self._session, settings)
             self._executor = self._make_executor()
             self._executor.start()
         except BaseException:
@@ -57,18 +62,41 @@ class Instance:
     def _make_executor(self) -> Executor:
         settings = self.settings
         return Executor(
-            self._session.run if settings.max_batch_size else run_scalars(self._session),
-            ArbiterGate(socket_path(), join_message(settings), stats=self.stats),
-            output_names=[spec.name for spec in self._session.outputs],
+            Pipeline(self._session, Staging(settings.batch_size, self._session.allocate)),
+            ArbiterGate(
+                socket_path(),
+                join_message(settings, self._session),
+                stats=self.stats,
+                telemetry=self.telemetry,
+            ),
             batched=settings.max_batch_size > 0,
             batch_size=settings.batch_size,
             slo_us=settings.slo_us,
             reject_late=settings.reject_late,
             prefetch=settings.prefetch,
-            staging=Staging(settings.batch_size, self._session.allocate),
             stats=self.stats,
-            on_device_thread=lambda: warm_up(self._session, settings),
+            on_lost=lambda: os._exit(EXIT_LOST),
         )
+
+    def gauges(self) -> dict[str, float]:
+        """What metrics show of the instance beside its counters."""
+        return {
+            "gpu_share_ratio": self.settings.gpu_percent / 100,
+            "batch_size_rows": self._executor.batch_size,
+            "slo_seconds": self._executor.slo_us / 1e6,
+            "cuda_graphs": self._session.graphs,
+            "device_memory_bytes": self._session.device_bytes,
+        }
+
+    def telemetry(self) -> dict[str, Any]:
+        """What the arbiter is told once a second: see Window.look, and what the session holds."""
+        session = self._session
+        return self._window.look(monotonic_us()) | {
+            "cuda_graphs": session.graphs,
+            "levels": list(session.levels),
+            "sm_groups": session.groups,
+            "device_bytes": session.device_bytes,
+        }
 
     def submit(self, requests: Iterable[Request]) -> None:
         self._executor.submit(requests)
@@ -79,7 +107,7 @@ class Instance:
         self._session.close()
 
 
-def join_message(settings: Settings) -> wire.Join:
+def join_message(settings: Settings, session: Session) -> wire.Join:
     """How the instance presents itself to the arbiter. Its name is unique over versions and reloads."""
     return wire.Join(
         model=settings.model,
@@ -91,6 +119,8 @@ def join_message(settings: Settings) -> wire.Join:
         batch_size=settings.batch_size,
         slo_us=settings.slo_us,
         reject_late=settings.reject_late,
+        levels=tuple(session.levels),
+        sm_groups=session.groups,
     )
 
 
@@ -103,7 +133,7 @@ def warm_up(session: Session, settings: Settings) -> None:
     if isinstance(session, CpuSession):
         _warm_cpu(session, settings)
     else:
-        session.warm_up(range(1, settings.batch_size + 1))
+        session.warm_up(ladder(settings.batch_size))
 
 
 def _warm_cpu(session: CpuSession, settings: Settings) -> None:

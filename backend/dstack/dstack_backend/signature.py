@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from dstack_backend.errors import BackendError, ModelError
-from dstack_backend.interfaces import Run
 from dstack_backend.session import Session
 from dstack_backend.tensors import Array, TensorSpec
 
@@ -110,7 +109,7 @@ def _check_tensor(where: str, tensor: Mapping[str, Any], spec: TensorSpec, max_b
                 f"{' or 1' if shape[0] == 1 else ''}"
             )
         shape = shape[1:]
-    elif not shape and stated == [1]:  # a scalar: run_scalars() sees to it
+    elif not shape and stated == [1]:  # a scalar: the pipeline sees to it
         return
     fits = len(stated) == len(shape) and all(
         want is None or have in (-1, want) for have, want in zip(stated, shape, strict=True)
@@ -121,19 +120,6 @@ def _check_tensor(where: str, tensor: Mapping[str, Any], spec: TensorSpec, max_b
             f"{where}: config says dims {stated}, the graph {wanted}"
             f"{' after the batch dimension' if max_batch_size else ''}; correct dims or max_batch_size"
         )
-
-
-def run_scalars(session: Session) -> Run:
-    """session.run for a model without batch dimension. Triton knows no scalars: it carries them as [1]."""
-    scalars = [spec.name for spec in session.inputs if not spec.dims]
-    if not scalars and all(spec.dims for spec in session.outputs):
-        return session.run
-
-    def run(feeds: Mapping[str, Array], outputs: Sequence[str]) -> list[Array]:
-        shaped = {name: array.reshape(()) if name in scalars else array for name, array in feeds.items()}
-        return [array.reshape(1) if not array.ndim else array for array in session.run(shaped, outputs)]
-
-    return run
 
 
 def _offered(inputs: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:

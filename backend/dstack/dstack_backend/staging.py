@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
-from dstack_backend.batching import Batch
+from dstack_backend.batching import Batch, Part
 from dstack_backend.interfaces import Feeds
-from dstack_backend.tensors import Array
+from dstack_backend.tensors import Array, DeviceArray
 
 MAX_KEYS = 32
-MAX_BUFFERS_PER_KEY = 4
+MAX_BUFFERS_PER_KEY = 8  # more than batches are under way: pinned memory is made once, not again and again
 ALIGNMENT = 64  # bytes: what vector units like best, and reductions then round alike from run to run
+SPLIT_BYTES = 2 << 20  # a gathering this large is worth a second thread
 Allocate = Callable[[tuple[int, ...], Any], Array]
 
 
@@ -32,8 +34,9 @@ def aligned(shape: tuple[int, ...], dtype: Any) -> Array:
 
 class Staging:
     """Gathers batches into reused buffers of `max_rows` rows. Requests come as views of shared memory, of any
-    alignment; here is the one place where the host copies them. Not thread-safe: the caller holds its lock
-    around lease() and release(); fill() runs without it.
+    alignment; here is the one place where the host copies them. Rows in device memory are not copied: they
+    become a list of row blocks. Not thread-safe: the caller holds its lock around lease() and release();
+    fill() runs without it.
 
     allocate(shape, dtype) makes a buffer; a device may offer pinned memory here.
     """
@@ -42,6 +45,7 @@ class Staging:
         self._max_rows = max_rows
         self._allocate = allocate
         self._free: OrderedDict[Any, list[Feeds]] = OrderedDict()
+        self._second = ThreadPoolExecutor(1, "dstack-copy")  # its thread starts with its first work
 
     def lease(self, batch: Batch) -> Feeds:
         """Buffers for a batch; fill() completes them."""
@@ -51,23 +55,39 @@ class Staging:
     def fill(self, batch: Batch, buffers: Feeds) -> Feeds:
         """The feeds of a batch: views of `buffers` that hold its rows, in the order of its parts."""
         parts = batch.parts
-        if not batch.batched:
-            return {name: self._copy(name, array, buffers) for name, array in parts[0].item.feeds.items()}
-        gathered = {}
+        gathered: Feeds = {}
         for name, first in parts[0].item.feeds.items():
-            if name not in buffers or len(buffers[name]) < batch.rows:
-                rows = max(self._max_rows, batch.rows)
-                buffers[name] = self._allocate((rows, *first.shape[1:]), first.dtype)
-            target = buffers[name][: batch.rows]
-            np.concatenate([part.item.feeds[name][part.start : part.stop] for part in parts], out=target)
-            gathered[name] = target
+            if any(isinstance(part.item.feeds[name], DeviceArray) for part in parts):
+                gathered[name] = [_rows(part, name) for part in parts]
+            elif batch.batched:
+                gathered[name] = self._gather(parts, name, batch.rows, first, buffers)
+            else:
+                gathered[name] = self._copy(name, first, buffers)
         return gathered
+
+    def _gather(
+        self, parts: Sequence[Part], name: str, rows: int, first: Array, buffers: Feeds
+    ) -> Array:  # fmt: skip
+        if name not in buffers or len(buffers[name]) < rows:
+            self._max_rows = max(self._max_rows, rows)
+            buffers[name] = self._allocate((self._max_rows, *first.shape[1:]), first.dtype)
+        target: Array = buffers[name][:rows]
+        blocks = [_rows(part, name) for part in parts]
+        if target.nbytes < SPLIT_BYTES or rows < 2:
+            np.concatenate(blocks, out=target)
+            return target
+        half = rows // 2
+        other = self._second.submit(_concatenate, _between(blocks, half, rows), target[half:])
+        _concatenate(_between(blocks, 0, half), target[:half])
+        other.result()
+        return target
 
     def _copy(self, name: str, array: Array, buffers: Feeds) -> Array:
         if name not in buffers:
             buffers[name] = self._allocate(array.shape, array.dtype)
         np.copyto(buffers[name], array)
-        return buffers[name]
+        target: Array = buffers[name]
+        return target
 
     def release(self, batch: Batch, buffers: Feeds) -> None:
         """Give buffers back once nothing reads them any more. The least used shapes are forgotten."""
@@ -81,6 +101,30 @@ class Staging:
         while len(self._free) > MAX_KEYS:
             self._free.popitem(last=False)
 
+    def close(self) -> None:
+        self._second.shutdown(wait=False)
+
     @staticmethod
     def _key(batch: Batch) -> Any:
         return batch.parts[0].item.key
+
+
+def _rows(part: Part, name: str) -> Any:
+    """The rows of a part in one input; all of it where the model has no batch dimension."""
+    feed = part.item.feeds[name]
+    return feed[part.start : part.stop] if part.item.batched else feed
+
+
+def _between(blocks: Sequence[Array], start: int, stop: int) -> list[Array]:
+    """Rows [start, stop) of blocks that follow one another."""
+    found, at = [], 0
+    for block in blocks:
+        piece = block[max(0, start - at) : max(0, stop - at)]
+        if len(piece):
+            found.append(piece)
+        at += len(block)
+    return found
+
+
+def _concatenate(blocks: Sequence[Array], target: Array) -> None:
+    np.concatenate(blocks, out=target)  # releases the GIL while it copies

@@ -332,7 +332,7 @@ def _parse(kind: int, packet: bytes, at: int) -> Message:
             body = json.loads(packet[at:], parse_constant=_no_constant)
             if not isinstance(body, dict):
                 raise WireError(f"message kind {kind}: a JSON object is wanted")
-            return {9: Control, 10: Reply, 13: Telemetry}[kind](body)
+            return Control(body) if kind == 9 else Reply(body) if kind == 10 else Telemetry(body)
     raise WireError(f"unknown message kind {kind}")
 
 

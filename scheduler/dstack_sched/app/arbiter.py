@@ -25,6 +25,7 @@ from dstack_sched.domain.event import (
     BackendJoined,
     BackendLeft,
     BatchFinished,
+    BatchStarted,
     Event,
     PlanChanged,
     TimerFired,
@@ -42,6 +43,7 @@ Observer: TypeAlias = Callable[[int, Event, int, list[decisions.Decision]], None
 
 MAX_GRANT_ROWS = 4_096  # engines keep a run time for each batch size: a join must not cost seconds
 SEEN_ROWS = 1_024  # cells of run times in one answer: it must fit into a packet
+REVOKED_US = 50_000  # a revoked standing grant is back by then, unless it has begun
 MAX_RUNNING_US = 60_000_000  # how long a batch may claim to run on when its instance joins
 VERBS = "ping, plan, status, telemetry, timeline, run_times, policy"
 
@@ -108,6 +110,8 @@ class ArbiterService:
                 self._done(session, message, now_us, out)
             case wire.Work(waiting, deadline) if session:
                 self._work(session, waiting, deadline, now_us, out)
+            case wire.Start() if session:
+                self._start(session, message, now_us, out)
             case wire.Ping(nonce):
                 out.append((connection, wire.Pong(nonce)))
             case wire.Join() if session is None:
@@ -162,6 +166,8 @@ class ArbiterService:
         self._sessions[connection] = session
         self._by_instance[instance] = session
         out.append((connection, wire.Welcome(self._joins, gpu.plan.capacity_percent)))
+        session.told = wire.Plan(join.batch_size, join.slo_us, join.reject_late)
+        _tell_plan(session, gpu.plan, out)
         log.info("joined: %s pid %d on GPU %d, %g%%", instance, join.pid, join.gpu, join.gpu_percent)
         self._step(join.gpu, gpu, joined, now_us, out)
 
@@ -178,6 +184,20 @@ class ArbiterService:
         deadline_us = deadline_us if waiting else 0
         session.note_queue(waiting, deadline_us, now_us)
         event = WorkQueued(session.joined.instance, waiting, deadline_us)
+        self._step(session.gpu, self._gpus[session.gpu], event, now_us, out)
+
+    def _start(self, session: Session, start: wire.Start, now_us: int, out: Outgoing) -> None:
+        """A standing grant is in use. One of an engine before this one counts as running already."""
+        grant = session.note_start(start.grant_id, start.rows, now_us, self.record)
+        deadline_us = start.earliest_deadline_us if start.waiting else 0
+        session.note_queue(start.waiting, deadline_us, now_us)
+        instance = session.joined.instance
+        event: Event
+        if grant is None or grant.epoch != self._epoch:
+            event = WorkQueued(instance, start.waiting, deadline_us)
+        else:
+            engine_id = grant.wire_id & ID_MASK
+            event = BatchStarted(instance, engine_id, start.rows, start.waiting, deadline_us)
         self._step(session.gpu, self._gpus[session.gpu], event, now_us, out)
 
     def _done(self, session: Session, done: wire.Done, now_us: int, out: Outgoing) -> None:
@@ -228,15 +248,23 @@ class ArbiterService:
                     session = self._by_instance[instance]
                     self.record.model(session.joined.model).shed_orders += 1
                     out.append((session.connection, wire.Shed(before_us)))
+                case decisions.Revoke(instance, grant_id):
+                    connection = self._by_instance[instance].connection
+                    out.append((connection, wire.Revoke(self._wire_id(grant_id))))
                 case decisions.Overload(model, reason, waited_us):
                     self.record.overloaded(index, model, reason, waited_us, now_us)
 
     def _grant(self, grant: decisions.Grant, now_us: int, out: Outgoing) -> None:
         session = self._by_instance[grant.instance]
-        wire_id = self._epoch << EPOCH_SHIFT | (grant.grant_id & ID_MASK)
+        wire_id = self._wire_id(grant.grant_id)
         percent, batch_size, lease_us = grant.gpu_percent, grant.batch_size, grant.lease_until_us
-        session.note_grant(Outstanding(wire_id, percent, batch_size, now_us, lease_us), now_us, self.record)
-        out.append((session.connection, wire.Grant(wire_id, batch_size, percent, lease_us)))
+        outstanding = Outstanding(wire_id, percent, batch_size, now_us, lease_us, grant.standing)
+        session.note_grant(outstanding, now_us, self.record)
+        message = wire.Grant(wire_id, batch_size, percent, lease_us, grant.sm_groups, grant.standing)
+        out.append((session.connection, message))
+
+    def _wire_id(self, grant_id: int) -> int:
+        return self._epoch << EPOCH_SHIFT | (grant_id & ID_MASK)
 
     # -- control -----------------------------------------------------------------------------------------
 
@@ -272,6 +300,9 @@ class ArbiterService:
             else:
                 gpu.plan = plan
                 self._step(index, gpu, plan, now_us, out)
+            for session in self._sessions.values():
+                if session.gpu == index:
+                    _tell_plan(session, plan, out)
         kept = self._store.save({index: gpu.plan for index, gpu in self._gpus.items()})
         log.info("plan changed: GPUs %s", ", ".join(map(str, sorted(plans))))
         return {"gpus": sorted(plans), "kept": kept}
@@ -289,6 +320,10 @@ class ArbiterService:
             gpu = self._gpus[index] = Gpu(engine, plan)
             self._step(index, gpu, plan, now_us, out)
             here = [session for session in self._sessions.values() if session.gpu == index]
+            for session in here:
+                for grant in session.grants:  # an engine knows of its own standing grants only
+                    if grant.standing:
+                        out.append((session.connection, wire.Revoke(grant.wire_id)))
             for session in here:  # all that runs is counted before anything is granted
                 self._step(index, gpu, _as_running(session, now_us), now_us, out)
             for session in here:
@@ -330,14 +365,27 @@ def _joined(join: wire.Join, instance: str, now_us: int) -> BackendJoined:
         on_late=OnLate.REJECT if join.reject_late else OnLate.SERVE,
         running_percent=join.running_percent,
         running_until_us=min(join.running_until_us, now_us + MAX_RUNNING_US),
+        sm_groups=join.sm_groups,
     )
+
+
+def _tell_plan(session: Session, plan: PlanChanged, out: Outgoing) -> None:
+    """Tell an instance what a plan wants of its model, where that is news to it."""
+    for model in plan.models:
+        if model.name == session.joined.model:
+            batch_size = min(model.batch_size, session.joined.max_batch_size)
+            wanted = wire.Plan(batch_size, model.slo_us, model.on_late is OnLate.REJECT)
+            if wanted != session.told:
+                session.told = wanted
+                out.append((session.connection, wanted))
 
 
 def _as_running(session: Session, now_us: int) -> BackendJoined:
     """The instance as it would join an engine that does not know of its outstanding grants."""
     running = [grant for grant in session.grants if grant.lease_until_us > now_us]
+    ends = [now_us + REVOKED_US if grant.standing else grant.lease_until_us for grant in running]
     return replace(
         session.joined,
         running_percent=max((grant.gpu_percent for grant in running), default=0.0),
-        running_until_us=max((grant.lease_until_us for grant in running), default=0),
+        running_until_us=max(ends, default=0),
     )

@@ -14,18 +14,21 @@ from dstack_sched.engine.interface import Engine
 EPOCH_SHIFT = 32
 ID_MASK = (1 << EPOCH_SHIFT) - 1
 TELEMETRY_CHARACTERS = 4_096  # so that a page of them fits into a packet
+STARTED_LEASE_US = 2_000_000  # how long a run under a standing grant counts as sound here
 MAX_OUTSTANDING = 16  # an instance that never answers; a sound one has 2: one running, one chained behind it
 
 
 @dataclass(slots=True)
 class Outstanding:
-    """A grant that was sent and has not ended. wire_id 0: ungranted, found running when it joined."""
+    """A grant that was sent and has not ended. wire_id 0: ungranted, found running when it joined. standing:
+    given ahead of the work and not begun, nothing runs under it."""
 
     wire_id: int
     gpu_percent: float
     batch_size: int
     granted_us: int
     lease_until_us: int
+    standing: bool = False
 
     @property
     def epoch(self) -> int:
@@ -50,6 +53,12 @@ class Session:
     grants: list[Outstanding] = field(default_factory=list)
     telemetry: Mapping[str, Any] | None = None  # what the instance last told of itself, and when
     telemetry_us: int = 0
+    told: wire.Plan | None = None  # what it goes by
+
+    @property
+    def running(self) -> list[Outstanding]:
+        """Grants that run or run next, in their order."""
+        return [grant for grant in self.grants if not grant.standing]
 
     def note_queue(self, waiting: int, deadline_us: int, now_us: int) -> None:
         """The queue as the instance reports it."""
@@ -70,12 +79,27 @@ class Session:
         if len(self.grants) >= MAX_OUTSTANDING:
             self.close(self.grants.pop(0), now_us, record, "lease")
         self.grants.append(grant)
+        if grant.standing:
+            return
         counters = record.model(self.joined.model)
         counters.grants += 1
         counters.granted_rows += grant.batch_size
         if self.waiting_since_us:
             counters.wait_us.add(now_us - self.waiting_since_us)
             self.waiting_since_us = 0 if grant.batch_size >= self.waiting else now_us
+
+    def note_start(self, wire_id: int, rows: int, now_us: int, record: Record) -> Outstanding | None:
+        """A standing grant has begun: from now on it is one like any other."""
+        for grant in self.grants:
+            if grant.wire_id == wire_id and grant.standing:
+                grant.standing = False
+                grant.granted_us, grant.lease_until_us = now_us, now_us + STARTED_LEASE_US
+                counters = record.model(self.joined.model)
+                counters.grants += 1
+                counters.granted_rows += rows
+                counters.wait_us.add(0)
+                return grant
+        return None
 
     def take(self, wire_id: int) -> Outstanding | None:
         """Remove an outstanding grant; None where there is no such."""
@@ -91,7 +115,10 @@ class Session:
     def close(
         self, grant: Outstanding, now_us: int, record: Record, outcome: str, done: wire.Done | None = None
     ) -> None:
-        """Book a grant that ended. Its time on the device is as reported, within what is possible."""
+        """Book a grant that ended, if it ever began. Its time on the device is as reported, within what is
+        possible."""
+        if grant.standing:
+            return
         rows, late_rows, run_us = (done.rows, done.late, done.run_us) if done else (0, 0, 0)
         end_us = max(grant.granted_us, min(now_us, grant.lease_until_us))
         earliest_us = min(max(grant.granted_us, self.free_since_us), end_us)

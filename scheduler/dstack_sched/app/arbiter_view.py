@@ -45,7 +45,7 @@ def _gpu(index: int, gpu: Gpu, sessions: Collection[Session], record: Record, no
     running_ms = sum(
         grant.gpu_percent * max(0, min(now_us, grant.lease_until_us) - grant.granted_us) / 1000
         for session in sessions if session.gpu == index
-        for grant in session.grants[:1]
+        for grant in session.running[:1]
     )  # fmt: skip
     state = gpu.engine.snapshot()
     return {
@@ -77,8 +77,9 @@ def _plan(model: EngineModel) -> dict[str, Any]:
 
 def _backend(session: Session, now_us: int) -> dict[str, Any]:
     """State "hung": a lease ended before its batch did."""
-    hung = any(grant.lease_until_us < now_us for grant in session.grants)
-    state = "hung" if hung else "running" if session.grants else "waiting" if session.waiting else "idle"
+    running = session.running
+    hung = any(grant.lease_until_us < now_us for grant in running)
+    state = "hung" if hung else "running" if running else "waiting" if session.waiting else "idle"
     return {
         "instance": session.joined.instance,
         "model": session.joined.model,
@@ -87,7 +88,8 @@ def _backend(session: Session, now_us: int) -> dict[str, Any]:
         "pid": session.pid,
         "state": state,
         "waiting": session.waiting,
-        "outstanding": len(session.grants),
+        "outstanding": len(running),
+        "standing": len(session.grants) - len(running),
     }
 
 
@@ -139,7 +141,7 @@ def timeline(
             "batch_size": grant.batch_size,
         }
         for session in sessions
-        for grant in session.grants[:1]
+        for grant in session.running[:1]
     ]
     return record.page(since, most) | {
         "now_us": now_us,

@@ -1,63 +1,50 @@
-"""What every policy shares: queues, grants, shares, leases, the timer. A policy only says who runs next.
+"""What every policy shares: events, queues, and the books on grants. A policy only says who runs next.
 
-The world is told by events; `_schedule`, the policy's part, is called after each. Predicted ends follow the
-interference model f' = f (1 + 100 k (q/100)^g), q the co-runners' GPU%, as co-runners come and go.
+The world is told by events; `_schedule`, the policy's part, is called after each.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from heapq import heappop, heappush
+from heapq import heappop
 from typing import Any, ClassVar
 
-from dstack_sched.domain.decision import Decision, Grant, Overload, SetTimer, Shed
+from dstack_sched.domain.decision import Decision, Overload
 from dstack_sched.domain.event import (
     BackendJoined,
     BackendLeft,
     BatchFinished,
+    BatchStarted,
     EngineModel,
     Event,
     PlanChanged,
     TimerFired,
     WorkQueued,
 )
+from dstack_sched.engine.books import LEASE_MARGIN_US, WAKE_LEASE, WAKE_STANDING, Books
 from dstack_sched.engine.run_times import Seen
 from dstack_sched.engine.state import NEVER, Instance, ModelState, Run, Story
 
-LEASE_FACTOR = 4  # a lease lasts this many predicted run times ...
-LEASE_MARGIN_US = 100_000  # ... and this much more: scheduling noise of a busy host is no death
-LEASE_UNKNOWN_US = 2_000_000  # first batches of a model without a profile: warm-up can be slow
 LOST_RETRY_US = 1_000_000  # work reported this long after a lease ran out: the instance is tried again
 RATE_WINDOW_US = 100_000
 ROUNDING = 1e-6  # GPU%: sums of floats
 
-WAKE_LEASE, WAKE_CHAIN, WAKE_GO, WAKE_SESSION = range(4)
 
-
-class EngineBase:
+class EngineBase(Books):
     """Bookkeeping of one GPU. Subclasses implement `_schedule(now_us)` and set `policy`."""
 
     policy: ClassVar[str] = ""
 
     def __init__(self) -> None:
+        super().__init__()
         self.now_us = 0
-        self.capacity = 100.0
-        self.granted = 0.0
-        self.promised = 0.0  # GPU% of the running batches
         self.models: dict[str, ModelState] = {}
-        self.instances: dict[str, Instance] = {}
-        self.running: list[Instance] = []
-        self._ceiling = 100.0  # capacity, or what was granted when it shrank
-        self._out: list[Decision] = []
-        self._agenda: list[tuple[int, int, int, Instance, int]] = []
-        self._agenda_serial = 0
-        self._timer_us = NEVER
-        self._grant_serial = 0
         self._join_serial = 0
         self._story = Story()
         self._doors: dict[type, Callable[[Any, int], None]] = {
             WorkQueued: self._on_work,
             BatchFinished: self._on_finished,
+            BatchStarted: self._on_started,
             TimerFired: self._on_timer,
             BackendJoined: self._on_joined,
             BackendLeft: self._on_left,
@@ -93,6 +80,8 @@ class EngineBase:
             return
         if instance.lost_grant and now - instance.lost_us > LOST_RETRY_US:
             instance.lost_grant = 0
+        if event.waiting:  # its report and a standing grant have crossed, or it does not know of the grant
+            self._revoke(instance, now)
         self._queue(instance, event.waiting, event.earliest_deadline_us, now)
 
     def _on_finished(self, event: BatchFinished, now: int) -> None:
@@ -102,7 +91,9 @@ class EngineBase:
         run = instance.run
         if event.grant_id == instance.lost_grant:
             instance.lost_grant = 0
-        if run is not None and event.grant_id == run.grant_id:
+        if instance.standing is not None and event.grant_id == instance.standing.grant_id:
+            self._unstand(instance)  # given back unused
+        elif run is not None and event.grant_id == run.grant_id:
             self._retire(instance, run, event.rows, event.run_us, now)
         elif instance.chained is not None and event.grant_id == instance.chained.grant_id:
             self._drop(instance, now)  # both are over: the first one's end got lost
@@ -110,6 +101,19 @@ class EngineBase:
                 self._retire(instance, instance.run, event.rows, event.run_us, now)
         instance.model.late_rows += event.late
         self._count_rate(instance, event, now)
+        self._queue(instance, event.waiting, event.earliest_deadline_us, now)
+
+    def _on_started(self, event: BatchStarted, now: int) -> None:
+        instance = self.instances.get(event.instance)
+        if instance is None:
+            return
+        run = instance.standing
+        if run is not None and run.grant_id == event.grant_id and instance.run is None:
+            self._unstand(instance)
+            run.rows = max(1, min(event.rows, run.batch))
+            self._time(instance, run, run.rows)
+            run.lease_us = now + self._lease(instance, run.alone_us * instance.model.slowdown(self.promised))
+            self._begin(instance, run, now)
         self._queue(instance, event.waiting, event.earliest_deadline_us, now)
 
     def _on_timer(self, event: TimerFired, now: int) -> None:
@@ -125,6 +129,8 @@ class EngineBase:
         instance = Instance(event, model, self._join_serial)
         instance.rate_since_us = now
         self.instances[event.instance] = instance
+        if event.sm_groups > self.sm.groups:
+            self._resize_sm(event.sm_groups)
         if event.running_percent > 0:
             run = Run(0, instance.level, event.running_percent, 1, 1)
             run.alone_us = run.left_us = max(float(event.running_until_us - now), 1.0)
@@ -160,6 +166,12 @@ class EngineBase:
             waited = now - (instance.run.start_us if instance.run else now)
             self._out.append(Overload(instance.model.name, f"lease of {instance.name} ran out", waited))
             self._drop(instance, now)
+        elif kind == WAKE_STANDING:
+            if instance.revoked:  # it does not answer: tried again once it reports work
+                instance.lost_grant = token
+                instance.lost_us = now
+                self._out.append(Overload(instance.model.name, f"{instance.name} keeps a revoked grant", 0))
+            self._unstand(instance)
 
     # ---- queues ---------------------------------------------------------------------------------------
 
@@ -184,159 +196,17 @@ class EngineBase:
             instance.rate_rows = 0
             instance.rate_since_us = now
 
-    # ---- grants ---------------------------------------------------------------------------------------
-
-    def _grant(self, instance: Instance, level: int, batch: int, rows: int, now: int) -> Run:
-        """Grant a batch, now or chained behind the running one. `rows`: how many it will likely hold."""
-        self._grant_serial += 1
-        percent = min(instance.levels[level], self.capacity)
-        run = Run(self._grant_serial, level, percent, batch, rows)
-        times = instance.times
-        run.alone_us = run.left_us = max(times.us[level][min(rows, times.max_batch)] * times.scale, 1.0)
-        whole_us = times.us[level][min(batch, times.max_batch)] * times.scale
-        if instance.run is None:
-            slow = instance.model.slowdown(self.promised)
-            run.lease_us = now + self._lease(instance, whole_us * slow)
-            self._begin(instance, run, now)
-        else:
-            run.slow = instance.model.slowdown(self.promised - instance.run.percent)
-            run.lease_us = instance.run.lease_us + self._lease(instance, whole_us * run.slow)
-            instance.chained = run
-            self._reshare(instance)
-        instance.level = level
-        self._out.append(Grant(instance.name, run.grant_id, percent, batch, run.lease_us))
-        instance.waiting = max(0, instance.waiting - rows)
-        instance.work_since_us = now if instance.waiting else NEVER
-        return run
-
-    def _lease(self, instance: Instance, predicted_us: float) -> int:
-        if not instance.times.known:
-            return max(LEASE_UNKNOWN_US, int(LEASE_FACTOR * predicted_us))
-        return int(LEASE_FACTOR * predicted_us) + LEASE_MARGIN_US
-
-    def _begin(self, instance: Instance, run: Run, now: int) -> None:
-        """`run` is on the device from now on: its share counts, its co-runners slow down."""
-        run.start_us = run.touched_us = now
-        run.slow = instance.model.slowdown(self.promised)
-        run.end_us = now + int(run.left_us * run.slow)
-        run.charged = run.percent * run.left_us * run.slow
-        instance.model.vtime += run.charged / instance.model.weight
-        self._promise(self.promised + run.percent, now)
-        instance.run = run
-        self.running.append(instance)
-        self._reshare(instance)
-        self._wake(run.lease_us, WAKE_LEASE, instance, run.grant_id)
-
-    def _retire(self, instance: Instance, run: Run, rows: int, run_us: int, now: int) -> None:
-        """The running batch ended: learn from it, free its share or pass it on to the chained one."""
-        if run.grant_id and rows > 0:
-            self._learn(instance, run, rows, run_us, now)
-        self._score(instance, run, run_us if rows > 0 else 0, now)
-        self._drop(instance, now)
-
-    def _drop(self, instance: Instance, now: int) -> None:
-        """End the running batch; a chained one starts."""
-        run = instance.run
-        if run is None:
-            return
-        instance.run = None
-        self.running.remove(instance)
-        self._promise(self.promised - run.percent if self.running else 0.0, now)
-        chained, instance.chained = instance.chained, None
-        if chained is not None:
-            self._begin(instance, chained, now)
-        else:
-            self._reshare(instance)
-
-    def _forget(self, name: str, now: int) -> None:
-        instance = self.instances.pop(name, None)
-        if instance is None:
-            return
-        instance.chained = None
-        self._drop(instance, now)
-        instance.waiting = 0
-        instance.work_since_us = NEVER
-
-    def _reshare(self, instance: Instance) -> None:
-        """Count the instance once, at the larger of its grants."""
-        share = instance.run.percent if instance.run else 0.0
-        if instance.chained is not None and instance.chained.percent > share:
-            share = instance.chained.percent
-        self.granted += share - instance.share
-        instance.share = share
-        if not self.running:
-            self.granted = 0.0  # rounding does not pile up
-        if self._ceiling > self.capacity:
-            self._ceiling = max(self.capacity, self.granted)
-
-    def _promise(self, promised: float, now: int) -> None:
-        """A co-runner came or went: the others' predicted ends move."""
-        self.promised = promised
-        for other in self.running:
-            run = other.run
-            if run is None:
-                continue
-            run.left_us = max(run.left_us - (now - run.touched_us) / run.slow, 0.0)
-            run.touched_us = now
-            run.slow = other.model.slowdown(promised - run.percent)
-            run.end_us = now + int(run.left_us * run.slow)
-
-    def _learn(self, instance: Instance, run: Run, rows: int, run_us: int, now: int) -> None:
-        """Compare the run time with the prediction, the slowdown by co-runners taken out."""
-        elapsed = now - run.start_us
-        if elapsed <= 0 or run_us <= 0:
-            return
-        alone_progress_us = run.alone_us - run.left_us + (now - run.touched_us) / run.slow
-        mean_slow = elapsed / alone_progress_us if alone_progress_us > 0 else run.slow
-        instance.slow_seen += 0.1 * (mean_slow - instance.slow_seen)
-        instance.busy_us += run_us
-        instance.times.observe(run.level, rows, run_us / max(mean_slow, 1.0))
-
-    def _score(self, instance: Instance, run: Run, run_us: int, now: int) -> None:
-        """Put the GPU%-time on the scoreboard."""
-        used = run.percent * run_us
-        instance.model.served_percent_us += used
-        instance.model.vtime += (used - run.charged) / instance.model.weight
-        run.charged = used
-
-    def _shed(self, instance: Instance, before_us: int, left: int) -> None:
-        """Reject what is due before before_us; about `left` rows stay."""
-        self._out.append(Shed(instance.name, before_us))
-        instance.model.shed_count += 1
-        instance.waiting = left
-        instance.deadline_us = max(instance.deadline_us, before_us)
-
-    # ---- the timer ------------------------------------------------------------------------------------
-
-    def _wake(self, at_us: int, kind: int, instance: Instance, token: int) -> None:
-        self._agenda_serial += 1
-        heappush(self._agenda, (at_us, self._agenda_serial, kind, instance, token))
-
-    def _is_due(self, kind: int, instance: Instance, token: int) -> bool:
-        """Whether an agenda entry still means something; stale ones are dropped unseen."""
-        run = instance.run
-        if kind == WAKE_LEASE:
-            return run is not None and run.grant_id == token
-        if kind == WAKE_CHAIN:
-            return run is not None and run.grant_id == token and instance.chained is None
-        if kind == WAKE_GO:
-            return run is None and instance.waiting > 0 and instance.deadline_us == token
-        return instance.work_since_us == token
-
-    def _set_timer(self, now: int) -> None:
-        agenda = self._agenda
-        while agenda and not self._is_due(agenda[0][2], agenda[0][3], agenda[0][4]):
-            heappop(agenda)
-        if agenda and agenda[0][0] < self._timer_us:
-            self._timer_us = max(agenda[0][0], now + 1)
-            self._out.append(SetTimer(self._timer_us))
-
     # ---- for people and tests -------------------------------------------------------------------------
 
     def check_invariants(self) -> None:
         """See Engine.check_invariants."""
         shares = sum(i.share for i in self.instances.values())
         problems = []
+        held = [sum(i.held >> g & 1 for i in self.instances.values()) for g in range(self.sm.groups)]
+        if held != [self.sm.holders(g) for g in range(self.sm.groups)]:
+            problems.append(f"SM groups are held by {held}")
+        if self.standing != sum(i.standing is not None for i in self.instances.values()):
+            problems.append(f"{self.standing} standing grants counted")
         if abs(shares - self.granted) > ROUNDING:
             problems.append(f"granted {self.granted} but shares sum to {shares}")
         if self.granted > self._ceiling + ROUNDING:
@@ -346,7 +216,10 @@ class EngineBase:
         for instance in self.instances.values():
             if instance.chained is not None and instance.run is None:
                 problems.append(f"{instance.name}: chained behind nothing")
-            if instance.waiting < 0 or (instance.share > 0) != (instance.run is not None):
+            holds = instance.run is not None or instance.standing is not None
+            if instance.run is not None and instance.standing is not None:
+                problems.append(f"{instance.name}: runs beside its standing grant")
+            if instance.waiting < 0 or (instance.share > 0) != holds:
                 problems.append(f"{instance.name}: waiting {instance.waiting}, share {instance.share}")
         assert not problems, f"{self.policy}: {'; '.join(problems)}; last events:\n{self._story}"
 
@@ -385,6 +258,8 @@ def _instance_view(instance: Instance) -> dict[str, Any]:
         "gpu_percent": instance.share,
         "grant_id": run.grant_id if run else 0,
         "chained_grant_id": instance.chained.grant_id if instance.chained else 0,
+        "standing_grant_id": instance.standing.grant_id if instance.standing else 0,
+        "sm_groups": instance.held,
         "predicted_end_us": run.end_us if run else 0,
         "levels": list(instance.levels),
         "rate_per_s": round(instance.rate_per_us * 1e6, 1),

@@ -8,7 +8,9 @@ Each pass looks at the instances with work, most urgent first (latest start = ea
 3. what is left over goes down the list (work-conserving), best-effort models last;
 4. while an instance runs, its next batch is decided shortly before the end and chained behind it;
 5. under overload the order is by scoreboard: the least served for its weight first, so that who asks for
-   more than its part is who misses; every such miss and every session without a run is reported.
+   more than its part is who misses; every such miss and every session without a run is reported;
+6. while nobody waits, who runs out of work gets a standing grant, so that its next request need not ask, if
+   all others that were active lately could still start beside it. It is revoked when somebody does not fit.
 """
 
 from __future__ import annotations
@@ -17,8 +19,9 @@ from bisect import bisect_left, insort
 from dataclasses import dataclass
 
 from dstack_sched.domain.decision import Overload
-from dstack_sched.domain.event import BackendJoined, BackendLeft, PlanChanged
-from dstack_sched.engine.base import ROUNDING, WAKE_CHAIN, WAKE_GO, WAKE_SESSION, EngineBase
+from dstack_sched.domain.event import BackendJoined, BackendLeft, BatchStarted, PlanChanged
+from dstack_sched.engine.base import ROUNDING, EngineBase
+from dstack_sched.engine.books import WAKE_CHAIN, WAKE_GO, WAKE_SESSION
 from dstack_sched.engine.state import NEVER, Instance, Run
 
 
@@ -32,7 +35,8 @@ class Rules:
     no run longer than this part of the objective. safety: part of a run time kept in hand when a deadline is
     checked. patience: a batch that is not full may wait until this part of the objective is left beyond its
     run time (1: never).
-    foresee: predict with the slowdown by co-runners seen lately where it is more than now's.
+    foresee: predict with the slowdown by co-runners seen lately where it is more than now's. stand: give
+    standing grants.
     """
 
     chain: bool = True
@@ -45,6 +49,7 @@ class Rules:
     safety: float = 0.02
     patience: float = 0.3
     foresee: bool = True
+    stand: bool = True
 
 
 MIN_SESSION_US = 100_000  # where no model has an objective
@@ -105,6 +110,7 @@ class DStackEngine(EngineBase):
         self._parked: list[Entry] = []  # have work, but wait for more; in the same order
         self._weights = 0.0  # weights of those that have work, or mostly have
         self._chainable = 0  # how many of them run already
+        self._emptied: Instance | None = None  # has just run out of work
 
     # ---- events ---------------------------------------------------------------------------------------
 
@@ -112,6 +118,13 @@ class DStackEngine(EngineBase):
         super()._on_joined(event, now)
         self._resize()
         self._place(self.instances[event.instance], now)
+
+    def _on_started(self, event: BatchStarted, now: int) -> None:
+        super()._on_started(event, now)
+        instance = self.instances.get(event.instance)
+        if instance is not None and instance.run is not None:
+            instance.run.worth = instance.run.rows * instance.worth_per_row
+            self._vfloor = max(self._vfloor, instance.model.vtime)
 
     def _on_left(self, event: BackendLeft, now: int) -> None:
         super()._on_left(event, now)
@@ -158,6 +171,8 @@ class DStackEngine(EngineBase):
 
     def _queue(self, instance: Instance, waiting: int, deadline_us: int, now: int) -> None:
         since = instance.work_since_us
+        if waiting == 0:
+            self._emptied = instance
         if instance.waiting == 0 and instance.run is None:
             if waiting == 0:
                 return
@@ -192,6 +207,8 @@ class DStackEngine(EngineBase):
         self._weights += weight - instance.claim_weight
         instance.claim_weight = weight
         if instance.waiting == 0 or instance.lost_grant or instance.chained is not None:
+            return
+        if instance.standing is not None:  # what waits there will run under it
             return
         if instance.run is not None and not instance.chainable:
             return
@@ -243,7 +260,7 @@ class DStackEngine(EngineBase):
         while at < len(ready):
             free = self.capacity - self.granted
             if free + ROUNDING < self._smallest and not self._chainable:
-                return
+                break
             instance = ready[at][2]
             pick = self._pick(instance, free + instance.share, now)
             if instance.parked:
@@ -258,6 +275,30 @@ class DStackEngine(EngineBase):
             if pick is None and place is None and reserve:
                 place = self._reserve(instance, free, now)
             at += 1
+        emptied, self._emptied = self._emptied, None
+        if self.standing and not all(entry[3] for entry in ready):
+            self._revoke_standing(now)
+        elif emptied is not None and not ready and not parked:
+            self._offer(emptied, now)
+
+    def _offer(self, instance: Instance, now: int) -> None:
+        """A standing grant for an instance without work, where it takes no place from the others."""
+        idle = instance.run is None and instance.standing is None and not instance.lost_grant
+        if not self.rules.stand or not idle or self.overloaded or instance.name not in self.instances:
+            return
+        level = instance.level
+        free = self.capacity - self.granted - min(instance.levels[level], self.capacity)
+        if free < -ROUNDING:
+            return
+        for other in self.instances.values():
+            active = other is not instance and now - other.active_us <= self.session_us
+            if not active or other.run is not None or other.standing is not None:
+                continue
+            if min(other.levels[other.plan_level], self.capacity) > free + ROUNDING:
+                return
+        instance.expected, instance.deadline_us = 1, now + instance.slo_us
+        pick = self._batch(instance, level, now, instance.model.slowdown(self.promised), now)
+        self._stand(instance, level, max(1, pick.batch), now)
 
     def _carry_out(self, instance: Instance, pick: Pick, now: int) -> None:
         """Shed, grant, keep the books."""

@@ -6,7 +6,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from dstack_sched.domain.event import BackendJoined, BackendLeft, PlanChanged
-from dstack_sched.engine.base import ROUNDING, WAKE_GO, EngineBase
+from dstack_sched.engine.base import ROUNDING, EngineBase
+from dstack_sched.engine.books import WAKE_GO
 from dstack_sched.engine.state import Instance
 
 

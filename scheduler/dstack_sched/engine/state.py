@@ -62,8 +62,8 @@ class Run:
     """One grant, from its decision to its end. Times in us; `left_us` is what would be left of it, alone."""
 
     __slots__ = (
-        "alone_us", "batch", "charged", "end_us", "grant_id", "lease_us", "left_us", "level", "percent",
-        "rows", "slow", "start_us", "touched_us", "worth",
+        "alone_us", "batch", "charged", "end_us", "grant_id", "lease_us", "left_us", "level", "mask",
+        "percent", "rows", "slow", "start_us", "touched_us", "worth",
     )  # fmt: skip
 
     def __init__(self, grant_id: int, level: int, percent: float, batch: int, rows: int) -> None:
@@ -72,6 +72,7 @@ class Run:
         self.percent = percent
         self.batch = batch
         self.rows = rows  # expected; the grant allows `batch`
+        self.mask = 0  # SM groups, a bit each; 0: the instance has none
         self.alone_us = 1.0
         self.left_us = 1.0
         self.slow = 1.0
@@ -96,6 +97,8 @@ class Instance:
         "entry",
         "expected",
         "go_us",
+        "held",
+        "last_masks",
         "level",
         "levels",
         "lost_grant",
@@ -109,11 +112,14 @@ class Instance:
         "rate_rows",
         "rate_since_us",
         "reject",
+        "revoked",
         "run",
         "serial",
         "share",
         "slo_us",
         "slow_seen",
+        "sm_groups",
+        "standing",
         "times",
         "waiting",
         "work_since_us",
@@ -127,6 +133,11 @@ class Instance:
         self.max_batch = joined.max_batch_size
         self.run: Run | None = None
         self.chained: Run | None = None
+        self.standing: Run | None = None  # granted ahead of its work, not begun
+        self.revoked = False  # and wanted back
+        self.sm_groups = joined.sm_groups
+        self.held = 0  # SM groups it holds
+        self.last_masks: tuple[int, ...] = ()  # SM groups it ran on before, the last ones first
         self.share = 0.0  # what it counts for in the sum of grants
         self.waiting = 0
         self.deadline_us = 0

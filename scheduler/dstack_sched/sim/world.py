@@ -12,11 +12,12 @@ from math import ceil
 
 import numpy as np
 
-from dstack_sched.domain.decision import Decision, Grant, Overload, SetTimer, Shed
+from dstack_sched.domain.decision import Decision, Grant, Overload, Revoke, SetTimer, Shed
 from dstack_sched.domain.event import (
     BackendJoined,
     BackendLeft,
     BatchFinished,
+    BatchStarted,
     Event,
     TimerFired,
     WorkQueued,
@@ -39,7 +40,7 @@ class Backend:
 
     __slots__ = (
         "arrivals", "batches", "chained", "down", "failed", "grant", "head", "hung", "index", "job", "name",
-        "notify_at", "rejected", "share_percent_us", "slow", "spec", "tail", "wake_token",
+        "notify_at", "rejected", "share_percent_us", "slow", "spec", "standing", "tail", "wake_token",
     )  # fmt: skip
 
     def __init__(self, index: int, spec: SimInstance, arrivals: list[int]) -> None:
@@ -51,6 +52,7 @@ class Backend:
         self.job: Job | None = None
         self.grant: Grant | None = None  # of the running batch; None while it runs ungated
         self.chained: Grant | None = None
+        self.standing: Grant | None = None  # for the next rows that come
         self.notify_at = 1
         self.wake_token = 0
         self.down = self.hung = False
@@ -221,9 +223,18 @@ class World:
         if self.engine is None:
             self._run_ungated(backend, now)
             self._expect_more(backend, backend.waiting(now))
-        else:
+        elif not self._start_standing(backend, waiting, now):
             self._report(backend, waiting, now)
         self._arm(backend)
+
+    def _start_standing(self, backend: Backend, waiting: int, now: int) -> bool:
+        """Run what waits under the standing grant, if there are both."""
+        grant = backend.standing
+        if grant is None or not waiting or backend.job is not None:
+            return False
+        backend.standing = None
+        self._start(backend, grant, now)
+        return True
 
     def _report(self, backend: Backend, waiting: int, now: float) -> None:
         deadline = backend.deadline_us() if waiting else 0
@@ -244,15 +255,30 @@ class World:
         if at < len(backend.arrivals):
             self._push(max(backend.arrivals[at], self.now_us), ARRIVAL, backend.index, backend.wake_token)
 
-    def _obey(self, backend: Backend, decision: Grant | Shed, now: int) -> None:
+    def _obey(self, backend: Backend, decision: Grant | Revoke | Shed, now: int) -> None:
         if backend.down:
             return
         if type(decision) is Shed:
             self._shed(backend, decision.deadline_before_us, now)
+        elif type(decision) is Revoke:
+            self._give_back(backend, decision.grant_id, now)
+        elif type(decision) is Grant and decision.standing:
+            backend.standing = decision
+            self._start_standing(backend, backend.waiting(now), now)
         elif backend.job is not None or backend.hung:
             backend.chained = decision  # type: ignore[assignment]
         else:
             self._start(backend, decision, now)  # type: ignore[arg-type]
+
+    def _give_back(self, backend: Backend, grant_id: int, now: int) -> None:
+        """A standing grant is revoked; it is too late where it runs already."""
+        if backend.standing is not None and backend.standing.grant_id == grant_id:
+            backend.standing = None
+            waiting = backend.waiting(now)
+            deadline = backend.deadline_us() if waiting else 0
+            self._send(BatchFinished(backend.name, grant_id, 0, 0, waiting, deadline), now)
+            self._expect_more(backend, waiting)
+            self._arm(backend)
 
     def _shed(self, backend: Backend, before_us: int, now: float) -> None:
         backend.waiting(now)
@@ -282,7 +308,12 @@ class World:
         backend.job = self.gpu.start(backend.index, backend.spec.demand.name, percent, rows, now, stretch)
         backend.batches.append((backend.head, rows, 0))
         backend.head += rows
-        if self.engine is not None and waiting > rows:
+        if grant is not None and grant.standing:
+            left = waiting - rows
+            deadline = backend.deadline_us() if left else 0
+            self._send(BatchStarted(backend.name, grant.grant_id, rows, left, deadline), now)
+            self._expect_more(backend, left)
+        elif self.engine is not None and waiting > rows:
             self._report(backend, waiting - rows, now)
         else:
             self._expect_more(backend, waiting - rows)
@@ -337,7 +368,7 @@ class World:
         if fault.kind == "arbiter":
             self.engine = None
             for backend in self.backends:
-                backend.chained = None
+                backend.chained = backend.standing = None
                 self._run_ungated(backend, now)
                 self._expect_more(backend, 0)
                 self._arm(backend)
@@ -360,7 +391,7 @@ class World:
             backend.failed += rows
             backend.job = backend.grant = None
             self._answered(rows, now, backend)
-        backend.chained = None
+        backend.chained = backend.standing = None
         backend.down = True
         self._send(BackendLeft(backend.name), now)
 
