@@ -16,6 +16,7 @@ from dstack_backend.endpoint import SOCKET_VARIABLE
 from dstack_backend.executor import Executor
 from dstack_backend.gate import ArbiterGate
 from dstack_backend.instance import join_message, warm_up
+from dstack_backend.pipeline import Pipeline
 from dstack_backend.runtime import load_session
 from dstack_backend.session import Session
 from dstack_backend.settings import Settings
@@ -80,18 +81,17 @@ def test_models_that_cannot_be_bound_take_the_plain_path(
     cuda.close()
 
 
-def test_the_executor_drives_cuda_graphs_from_its_own_thread(dense: Path, tmp_path: Path) -> None:
-    """Graphs are captured in the device thread while it starts, batches are gathered in pinned memory."""
+def test_the_executor_serves_from_cuda_graphs(dense: Path, tmp_path: Path) -> None:
+    """Graphs are captured in one thread and launched from others, batches are gathered in pinned memory."""
     session = on("cuda", dense)
     settings = Settings("m", "1", "m_0", dense, "cuda", 0, BATCH, BATCH)
+    warm_up(session, settings)
+    assert session.graphs == 4
     executor = Executor(
-        session.run,
-        ArbiterGate(tmp_path / "nobody.sock", join_message(settings)),
-        output_names=["scores", "mean"],
+        Pipeline(session, Staging(BATCH, session.allocate)),
+        ArbiterGate(tmp_path / "nobody.sock", join_message(settings, session)),
         batched=True,
         batch_size=BATCH,
-        staging=Staging(BATCH, session.allocate),
-        on_device_thread=lambda: warm_up(session, settings),
     )
     executor.start()
     cpu, rng = on("cpu", dense), np.random.default_rng(5)
