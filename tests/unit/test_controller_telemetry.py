@@ -12,16 +12,19 @@ import pytest
 
 from dstack_sched.adapters.controller_board import FileStatusBoard, read_board
 from dstack_sched.adapters.prometheus import PrometheusMetrics
+from dstack_sched.app.gpus import GpuWatch
 from dstack_sched.app.telemetry import (
     ControllerTelemetry,
     HealthBoard,
     HealthTelemetry,
     ModelLook,
     NoMetrics,
+    gpu_samples,
 )
 from dstack_sched.domain import metrics as table
 from dstack_sched.domain.change import ApplyReport, ModelOutcome
 from dstack_sched.domain.plan import ModelPlan, Plan, Replica
+from fakes.gpus import GIB, FakeInventory
 from fakes.serving import FakeClock
 
 
@@ -159,3 +162,17 @@ def test_serve_s_board_is_written_when_faults_change_and_seldom_else() -> None:
         board.publish()
     assert [len(each["faults"]) for each in written] == [0, 1, 0, 0]
     assert written[0]["url"] == "u" and written[-1]["updated_s"] == 1_800_000_015
+
+
+def test_gpus_as_they_were_read_last() -> None:
+    inventory = FakeInventory(2)
+    inventory.set(0, used_bytes=3 * GIB, utilization_percent=61.0)
+    inventory.set(1, lost="it has disappeared", memory_bytes=0)
+    watch = GpuWatch(inventory, FakeClock())
+    watch.look()
+    seen = {(sample.metric.name, sample.labels[0]): sample.value for sample in gpu_samples(watch.states)}
+    assert seen == {
+        ("dstack_gpu_usable", "0"): 1.0, ("dstack_gpu_busy_ratio", "0"): 0.61,
+        ("dstack_gpu_memory_used_bytes", "0"): 3.0 * GIB, ("dstack_gpu_memory_total_bytes", "0"): 80.0 * GIB,
+        ("dstack_gpu_usable", "1"): 0.0,
+    }  # fmt: skip

@@ -5,13 +5,14 @@ The loop calls these as it goes; nothing here decides anything, and nothing here
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
+from dstack_sched.app.gpus import GpuState
 from dstack_sched.domain import metrics as table
 from dstack_sched.domain.change import ApplyReport
-from dstack_sched.domain.metrics import Metric
+from dstack_sched.domain.metrics import Metric, Sample
 from dstack_sched.domain.plan import Plan
 from dstack_sched.ports import Clock, Metrics, StatusBoard
 
@@ -256,3 +257,15 @@ class ControllerTelemetry:
 
 def _known(values: Iterable[tuple[str, float | None]]) -> dict[tuple[str, ...], float]:
     return {(name,): value for name, value in values if value is not None}
+
+
+def gpu_samples(states: Iterable[GpuState]) -> Iterator[Sample]:
+    """The GPUs as they were read last, for a scrape: nothing is asked of the driver."""
+    for state in states:
+        gpu, labels = state.reading, (str(state.reading.index), state.reading.uuid)
+        yield Sample(table.GPU_USABLE, labels, float(not state.out))
+        if gpu.utilization_percent is not None:
+            yield Sample(table.GPU_BUSY, labels, gpu.utilization_percent / 100)
+        if gpu.memory_bytes:
+            yield Sample(table.GPU_MEMORY_USED, labels, float(gpu.used_bytes))
+            yield Sample(table.GPU_MEMORY_TOTAL, labels, float(gpu.memory_bytes))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -25,7 +25,7 @@ from dstack_sched.app.host_view import HostView
 from dstack_sched.app.planning import PlanOptions
 from dstack_sched.app.profiling import ProfilingOptions
 from dstack_sched.app.replan import ReplanSettings
-from dstack_sched.app.telemetry import ControllerTelemetry, NoBoard
+from dstack_sched.app.telemetry import ControllerTelemetry, NoBoard, gpu_samples
 from dstack_sched.app.watcher import Watcher
 from dstack_sched.cli import app
 from dstack_sched.cli.apply import show as show_report
@@ -47,7 +47,7 @@ from dstack_sched.cli.live_steps import LiveSources, LiveSteps, WorkloadFile
 from dstack_sched.cli.options import logs
 from dstack_sched.cli.plan import show_plan
 from dstack_sched.config import read_workload
-from dstack_sched.domain.metrics import CONTROLLER, HEALTH
+from dstack_sched.domain.metrics import CONTROLLER, HEALTH, Sample
 from dstack_sched.domain.workload import Workload
 from dstack_sched.errors import InputError
 from dstack_sched.ports import Metrics
@@ -139,7 +139,8 @@ def run(
         if not dry_run:
             deployment.recover()
         prometheus = PrometheusMetrics((*CONTROLLER, *HEALTH))
-        url = stack.enter_context(served(prometheus, metrics))
+        host = None if gpus else local_view(connection.url, state, exclude_gpu or ())
+        url = stack.enter_context(served(prometheus, metrics, *gpu_metrics(host)))
         if url:
             say(f"metrics of the controller: {url}")
         loop = live_loop(
@@ -148,7 +149,7 @@ def run(
             prometheus,
             ProfilingOptions(target_error=target_error, time_budget_s=time_budget_s),
             PlanOptions(gpus=gpus or 1, memory_limits=memory_limits),
-            host=None if gpus else local_view(connection.url, state, exclude_gpu or ()),
+            host=host,
             settings=ReplanSettings(cooldown_s=cooldown_s, horizon_s=horizon_s),
             forecasting=ForecastSettings(window_s=window_s),
             triton_metrics=triton_metrics or f"{connection.url.rpartition(':')[0]}:8002",
@@ -163,6 +164,11 @@ def run(
         elif first.shortfall:
             say(first.shortfall)
             raise typer.Exit(1)
+
+
+def gpu_metrics(host: HostView | None) -> tuple[Callable[[], Iterable[Sample]], ...]:
+    """Reads the GPUs of the host for a scrape, where there are any."""
+    return () if host is None else (lambda: gpu_samples(host.watch.states),)
 
 
 def live_loop(

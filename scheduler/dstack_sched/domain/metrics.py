@@ -3,7 +3,7 @@
 Names follow Prometheus: base units (seconds, bytes; ratios where 1 is the whole), `_total` for counters. A
 share of a GPU is a ratio: 0.4 is 40 GPU%. Share-seconds are shares times the time they were held: their rate
 over the capacity is the utilization. Rows are batch items: a request of batch 4 is 4 rows. The backend's own
-metrics stand in dstack_backend.metrics; scheduler/METRICS.md lists both and is held to them by a test.
+metrics stand in dstack_backend.metrics; docs/METRICS.md lists both and is held to them by a test.
 """
 
 from __future__ import annotations
@@ -150,20 +150,21 @@ HEADROOM = _gauge(
     "dstack_controller_plan_headroom_ratio", "Largest factor on all rates that still fits", unit="ratio"
 )
 FEASIBLE = _gauge("dstack_controller_plan_feasible", "1 while the wanted SLOs can be met at these rates")
-GPU_HEALTHY = _gauge("dstack_controller_gpu_healthy", "1 while the GPU can be planned on", "gpu", "uuid")
-GPU_MEMORY_USED = _gauge(
-    "dstack_controller_gpu_memory_used_bytes", "Memory in use, by everyone", "gpu", "uuid", unit="bytes"
-)
-GPU_MEMORY_TOTAL = _gauge(
-    "dstack_controller_gpu_memory_total_bytes", "Memory of the GPU", "gpu", "uuid", unit="bytes"
-)
-
 CONTROLLER = (
     CONTROLLER_STARTED, CONTROLLER_UP, ROUNDS, CHANGES, RELOADS, FAILED_LOADS, ROLLBACKS, PLAN_TIME,
     APPLY_TIME, ARRIVALS, PLANNED_SHARE, PLANNED_BATCH,
-    PREDICTED_LATENCY, MEASURED_LATENCY, DRIFT, SLO, ATTAINMENT, HEADROOM, FEASIBLE, GPU_HEALTHY,
-    GPU_MEMORY_USED, GPU_MEMORY_TOTAL,
+    PREDICTED_LATENCY, MEASURED_LATENCY, DRIFT, SLO, ATTAINMENT, HEADROOM, FEASIBLE,
 )  # fmt: skip
+
+# -- the GPUs, as the controller plans with them ------------------------------------------------------------
+
+GPU_USABLE = _gauge("dstack_gpu_usable", "1 while the GPU is planned with, 0 while it is out", "gpu", "uuid")
+GPU_BUSY = _gauge("dstack_gpu_busy_ratio", "Time in which a kernel ran, by NVML", "gpu", "uuid", unit="ratio")
+GPU_MEMORY_USED = _gauge(
+    "dstack_gpu_memory_used_bytes", "Memory in use, by everyone", "gpu", "uuid", unit="bytes"
+)
+GPU_MEMORY_TOTAL = _gauge("dstack_gpu_memory_total_bytes", "Memory of the GPU", "gpu", "uuid", unit="bytes")
+GPUS = (GPU_USABLE, GPU_BUSY, GPU_MEMORY_USED, GPU_MEMORY_TOTAL)
 
 # -- the arbiter (`dstackctl arbiter --metrics-port`, `dstackctl serve --arbiter-metrics-port`) -------------
 
@@ -253,4 +254,4 @@ ARBITER = (
     GPU_SHARE_TIME,
 )  # fmt: skip
 
-ALL = CONTROLLER + HEALTH + ARBITER
+ALL = CONTROLLER + HEALTH + GPUS + ARBITER
