@@ -106,7 +106,7 @@ def test_what_the_cooldown_held_back_comes_after_it(tmp_path: Path) -> None:
     assert bench.steps.in_force["b"].gpu_percent == 20
     bench.watch(current, 40)
     assert bench.steps.in_force["b"].gpu_percent > 20
-    assert any("what was held back may be tried" in reason for reason in bench.reasons())
+    assert bench.reasons()[-1].startswith("b: ") and "GPU% 20 -> " in bench.reasons()[-1]
 
 
 def test_a_second_start_finds_its_plan_in_force_and_reloads_nothing(bench: LoopBench) -> None:

@@ -14,7 +14,15 @@ from typing import Any, Protocol
 from dstack_sched.app.changes import Change, Reach, changes, counts, loaded
 from dstack_sched.app.overload import BestPlan, best_plan
 from dstack_sched.app.refusals import Refusals
-from dstack_sched.app.replan import Choice, ReplanSettings, choose, moved, rates_to_plan, with_reserve
+from dstack_sched.app.replan import (
+    Choice,
+    ReplanSettings,
+    choose,
+    moved,
+    rates_to_plan,
+    settled,
+    with_reserve,
+)
 from dstack_sched.app.telemetry import ControllerTelemetry, ModelLook
 from dstack_sched.app.watcher import Look, Watcher
 from dstack_sched.domain.change import ApplyReport
@@ -59,7 +67,8 @@ class Steps(Protocol):
         ...
 
     def tell(self, plan: Plan, profiles: ProfileSet, workload: Workload) -> bool:
-        """Tell the arbiter; False where none answers or it refuses. Never fails."""
+        """Tell the arbiter; False where none answers or it refuses: health tells one that comes back. Never
+        fails."""
         ...
 
     def apply(self, plan: Plan, reach: Reach) -> ApplyReport:
@@ -129,6 +138,8 @@ class ControlLoop:
         self._took_s: dict[str, float] = {}
         self._loaded_at_us: int | None = None
         self._retry_at_us: int | None = None  # when a plan that was held back may be tried again
+        self._held_back_for = ""  # what it was to be for
+        self._settled = True  # the forecasts rest on more than a moment
         self._wanted = steps.wanted()
         self._measured: ProfileSet | None = None  # the profiles without corrections
         self._silent: tuple[str, int] = ("", 0)  # the last decision that changed nothing, and when
@@ -156,7 +167,7 @@ class ControlLoop:
 
         A look or a plan that fails is logged and tried again: what is in force stays.
         """
-        current = first
+        current, blind = first, False
         while keep_on():
             self._clock.sleep_s(interval_s)
             if not self._dry_run:
@@ -165,8 +176,11 @@ class ControlLoop:
                 look = self._watcher.look()
             except DstackError as error:
                 self._telemetry.part("server", up=False)
-                self._say(f"rates cannot be read: {error}")
+                if not blind:
+                    self._say(f"rates cannot be read, what is in force stays until they can: {error}")
+                blind = True
                 continue
+            blind = False
             self._telemetry.part("server", up=True)
             current = self._follow(current, look)
             self._show(current, look)
@@ -178,7 +192,9 @@ class ControlLoop:
             cause, reason = self._reason(current, look)
             if not reason:
                 return current
-            workload = rates_to_plan(self._wanted, look.forecasts(), self._settings)
+            forecasts = look.forecasts()
+            self._settled = settled(forecasts, self._settings)
+            workload = rates_to_plan(self._wanted, forecasts, self._settings)
             return self._round(workload, cause, reason, current)
         except DstackError as error:
             self._decide("failed", "error", f"no new plan: {error}")
@@ -199,7 +215,7 @@ class ControlLoop:
         if reason := moved(planned, look.forecasts(), self._settings):
             return "rate", reason
         if self._retry_at_us is not None and self._clock.now_us() >= self._retry_at_us:
-            return "rate", "what was held back may be tried"
+            return "rate", self._held_back_for
         return "", None
 
     def _new_wishes(self) -> str | None:
@@ -223,7 +239,7 @@ class ControlLoop:
     def _round(self, workload: Workload, cause: str, reason: str, current: Round | None) -> Round:
         assert self._measured is not None
         profiles = self._watcher.corrected(self._measured)
-        began_us = self._clock.now_us()
+        began_us, self._held_back_for = self._clock.now_us(), reason
         decided = self._choose(profiles, workload, cause)
         self._telemetry.planned(decided.best.plan, (self._clock.now_us() - began_us) / 1e6)
         plan, short = decided.best.plan, _short(decided.best)
@@ -253,7 +269,7 @@ class ControlLoop:
         reach = steps.reach()
         asked = with_reserve(workload, self._settings)
         rows_per_s = sum(model.weight * model.rate_per_s for model in workload.models)
-        may_load = cause != "rate" or self._may_load()
+        may_load = cause != "rate" or (self._may_load() and self._settled)
 
         def make(held: Mapping[str, float]) -> Plan:
             return steps.plan(profiles, asked, held, lenient=lenient)
@@ -266,7 +282,8 @@ class ControlLoop:
         choice = choose(make, steps.stated, reach, rows_per_s, self._took_s, self._settings)
         self._retry_at_us = None
         if not may_load and loaded(choice.found):
-            self._retry_at_us = (self._loaded_at_us or 0) + int(self._settings.cooldown_s * 1e6)
+            since_us = self._loaded_at_us or 0
+            self._retry_at_us = max(since_us + int(self._settings.cooldown_s * 1e6), self._clock.now_us())
             live = choose(as_it_is, steps.stated, reach, rows_per_s, self._took_s, self._settings)
             choice = live if live.plan.models else choice
         if choice.plan.feasible:
@@ -287,11 +304,10 @@ class ControlLoop:
         before."""
         plan, now_us = decided.best.plan, self._clock.now_us
         told = self._steps.tell(plan, profiles, workload)
-        reach = decided.reach if told else Reach(arbiter=False)
         self._telemetry.part("arbiter", up=told)
         began_us = now_us()
         try:
-            report = self._steps.apply(plan, reach)
+            report = self._steps.apply(plan, decided.reach)
         except DstackError as error:
             if current is not None:
                 self._steps.tell(current.plan, current.profiles, current.workload)

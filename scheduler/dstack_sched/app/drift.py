@@ -23,6 +23,9 @@ from dstack_sched.domain.profile import Correction, ModelProfile, ProfilePoint
 from dstack_sched.engine.run_times import Seen
 from dstack_sched.policy.latency import LatencySurface
 
+MOST_DOUBLINGS = 8
+CALM = 10  # so many times the wanted looks within the band: one refit is forgotten
+
 
 @dataclass(frozen=True, slots=True)
 class DriftSettings:
@@ -40,10 +43,14 @@ class DriftSettings:
 
 @dataclass(frozen=True, slots=True)
 class DriftWatch:
-    """What is remembered of one model between looks. counted: (GPU%, rows) -> runs when last refitted."""
+    """What is remembered of one model between looks. outside, inside: looks in a row out of and in the band;
+    refits: made lately, each doubles the looks that the next one takes (latencies that no correction holds
+    for long must not make plans without end). counted: (GPU%, rows) -> runs when last refitted."""
 
     correction: Correction
     outside: int = 0
+    inside: int = 0
+    refits: int = 0
     counted: tuple[tuple[float, int, int], ...] = ()
 
 
@@ -99,19 +106,27 @@ def look(
     cells = [c for c in _merged(seen) if c.runs - _before(counted, c) >= settings.runs]
     if not cells:
         return DriftLook(replace(watch, outside=0), None)
+    wanted = settings.looks * 2 ** min(watch.refits, MOST_DOUBLINGS)
     now = LatencySurface.from_profile(corrected(profile, watch.correction))
     ratios = np.array([c.p50_us / 1000.0 / float(now.latency_ms(c.gpu_percent, c.rows)) for c in cells])
     runs = np.array([c.runs - _before(counted, c) for c in cells], np.float64)
     drift = _weighted_median(ratios, runs)
     worst = float(np.abs(ratios - 1.0).max())
     if abs(drift - 1.0) <= settings.band and worst <= settings.misfit + settings.band:
-        return DriftLook(replace(watch, outside=0), drift)
-    if watch.outside + 1 < settings.looks:
-        return DriftLook(replace(watch, outside=watch.outside + 1), drift)
+        calm = watch.inside + 1 >= CALM * wanted
+        refits = max(0, watch.refits - 1) if calm else watch.refits
+        return DriftLook(
+            replace(watch, outside=0, inside=0 if calm else watch.inside + 1, refits=refits), drift
+        )
+    if watch.outside + 1 < wanted:
+        return DriftLook(replace(watch, outside=watch.outside + 1, inside=0), drift)
     refit, how = _refit(watch.correction, profile, cells, runs, settings)
     marks = tuple((c.gpu_percent, c.rows, c.runs) for c in _merged(seen))
+    next_watch = DriftWatch(refit, 0, 0, watch.refits + 1, marks)
+    if refit == watch.correction:
+        return DriftLook(next_watch, drift)
     why = f"runs take {drift:.2f} of the predicted time over {int(runs.sum())} runs; {how}"
-    return DriftLook(DriftWatch(refit, 0, marks), drift, refit, why)
+    return DriftLook(next_watch, drift, refit, why)
 
 
 def _refit(

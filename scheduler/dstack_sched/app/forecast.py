@@ -78,10 +78,11 @@ def forecast(steps: Sequence[tuple[float, float]], settings: ForecastSettings) -
         return None
     seconds, counts = (np.asarray(column, np.float64) for column in zip(*steps, strict=True))
     first = _last_change(seconds, counts, settings.change_sigmas)
+    before = _jitter(seconds, counts)  # after a change there is too little to tell how rows come
     seconds, counts = seconds[first:], counts[first:]
     span_s = float(seconds.sum())
     mean = float(counts.sum()) / span_s
-    spread = dispersion(seconds, counts)
+    spread = max(dispersion(seconds, counts), before if counts.size <= POOLED else 1.0)
     noise = math.sqrt(max(spread * mean, 1.0 / span_s) / span_s)
     burst = settings.burst_sigmas * math.sqrt(spread * mean / settings.burst_s)
     return Forecast(mean + burst, mean, spread, span_s, noise)

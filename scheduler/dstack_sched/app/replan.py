@@ -35,14 +35,16 @@ Planner = Callable[[Mapping[str, float]], Plan]
 @dataclass(frozen=True, slots=True)
 class ReplanSettings:
     """band, sigmas: a forecast further than this from the rate planned for (relative; standard errors of its
-    mean) calls for a plan. cooldown_s: between two rounds with loads. floor: share of a model's stated rate
-    that is planned for even when nobody calls it. horizon_s: over which a load must pay. load_s: how long
-    one takes, until one was measured. capacity_error: module docstring. load_factor: part of the capacity
-    that is planned to be used (decisions/0092)."""
+    mean) calls for a plan. cooldown_s: between two rounds with loads; settle_s: from a change of a rate to
+    a load for it. floor: share of a model's stated rate that is planned for even when nobody calls it.
+    horizon_s: over which a load must pay. load_s: how long one takes, until one was measured.
+    capacity_error: module docstring. load_factor: part of the capacity that is planned to be used
+    (decisions/0092)."""
 
     band: float = 0.1
     sigmas: float = 2.0
     cooldown_s: float = 10.0
+    settle_s: float = 2.5
     floor: float = 0.1
     horizon_s: float = 60.0
     load_s: float = 3.0
@@ -80,6 +82,11 @@ def moved(planned: Mapping[str, float], now: Mapping[str, Forecast], settings: R
                 f"{planned[model]:.3g}/s planned for"
             )
     return reason
+
+
+def settled(now: Mapping[str, Forecast], settings: ReplanSettings) -> bool:
+    """Whether every forecast rests on enough time since its last change to load models by it."""
+    return all(forecast.window_s >= settings.settle_s for forecast in now.values())
 
 
 def rates_to_plan(stated: Workload, now: Mapping[str, Forecast], settings: ReplanSettings) -> Workload:
