@@ -370,7 +370,7 @@ def test_cancelled_requests_do_not_run(served: Served) -> None:
     assert long.errors == [None]
     assert ask(client, "patient", {"x": np.ones((1, 16, 512), np.float32)})["y"].shape == (1, 16, 512)
     give_up = time.monotonic() + 10
-    while not served.metric("dstack_cancelled_total", "patient"):
+    while not served.metric("dstack_cancelled_requests_total", "patient"):
         assert time.monotonic() < give_up, "no cancellation was noticed"
         time.sleep(0.2)
     assert served.metric("dstack_batches_total", "patient") < 64 + 20 + 1
