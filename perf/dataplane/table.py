@@ -26,7 +26,7 @@ def figures(study: Study) -> dict[str, Any]:
         "leak": leak(study),
         "mps_recovery_s": mps_recovery_s(study),
         "raw": "onnxruntime loop with I/O binding on device buffers and a CUDA graph, in its own process,"
-        " without copies between host and device, the faster form (with copies: parts.raw)",
+        " without copies between host and device and in the faster layout (with copies: parts.raw)",
         "cuda_shared_memory_over_raw": cuda_over_raw(study),
     }
     return {**found, "targets": targets(study, found)}
