@@ -164,9 +164,10 @@ def _text(path: Path | None) -> str | None:
 def _why_not_ready(error: InferenceServerException, options: ConnectionOptions) -> str:
     """What stands in the way, with its mend."""
     words = one_line(error)
+    if "restricted" in words:
+        return f"Triton at {options.url} refuses: {words}; give it with --header KEY=VALUE"
     if error.status() != "StatusCode.UNAVAILABLE":
-        mend = "; give it with --header KEY=VALUE" if "restricted" in words else ""
-        return f"Triton at {options.url} refuses: {words}{mend}"
+        return f"Triton at {options.url} refuses: {words}"
     if options.encrypted and re.search("ssl|handshake|certificate", words, re.IGNORECASE):
         return (
             f"no TLS with {options.url}: {words}; check --tls-ca, --tls-cert and --tls-key, or leave TLS out"
