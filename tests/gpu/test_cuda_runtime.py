@@ -222,11 +222,11 @@ def test_loads_leave_nothing_behind(path: Path, options: Any) -> None:
 
 
 def test_the_memory_limit_holds(path: Path, reference: Session) -> None:
-    free = load(path)
-    taken = free.device_bytes
-    free.close()
-    limit = int(taken * 0.5)
-    session = load(path, memory_limit_bytes=limit)
+    for _ in range(2):  # the first load of a process takes what cuDNN and cuBLAS keep
+        free = load(path)
+        taken = free.device_bytes
+        free.close()
+    session = load(path, memory_limit_bytes=taken // 2)
     assert 0 < session.graphs < 4
     image = images(BATCH)
     check(session.run({"image": image}), image, reference)
