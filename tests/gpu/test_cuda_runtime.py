@@ -7,54 +7,25 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
-from onnx import TensorProto, helper
 
 from dstack_backend.cuda_driver import driver
 from dstack_backend.optimized import CACHE_VARIABLE
 from dstack_backend.runtime import load_session
 from dstack_backend.session import Session
 from dstack_backend.tensors import DeviceArray
-from fakes import feature_models as made
+from fakes.feature_models import save
+from fakes.networks import CHANNELS, SIDE, convolutional
 
 pytestmark = pytest.mark.gpu
 
 BATCH = 8
-SIDE, CHANNELS = 32, (3, 32, 64, 64)
 TOLERANCE = {"rtol": 2e-2, "atol": 2e-2}  # TF32 and other algorithms
 SPARE_BYTES = 8 << 20  # what CUDA may keep of a load
-
-
-def network(seed: int = 0) -> onnx.ModelProto:
-    """Three convolutions with batch normalisation, a pool and a matrix product: "scores" of "image"."""
-    rng = np.random.default_rng(seed)
-    nodes, constants, at = [], {}, "image"
-    for index, (before, after) in enumerate(pairwise(CHANNELS)):
-        weight = rng.standard_normal((after, before, 3, 3)) / np.sqrt(9 * before)
-        constants[f"w{index}"] = weight.astype(np.float32)
-        for name, low in (("scale", 0.5), ("bias", -0.5), ("mean", -0.1), ("variance", 0.5)):
-            constants[f"{name}{index}"] = (low + rng.random(after)).astype(np.float32)
-        normal = [f"{name}{index}" for name in ("scale", "bias", "mean", "variance")]
-        nodes += [
-            helper.make_node("Conv", [at, f"w{index}"], [f"c{index}"], pads=[1] * 4, strides=[2, 2]),
-            helper.make_node("BatchNormalization", [f"c{index}", *normal], [f"n{index}"]),
-            helper.make_node("Relu", [f"n{index}"], [f"r{index}"]),
-        ]
-        at = f"r{index}"
-    constants["head"] = rng.standard_normal((CHANNELS[-1], 10)).astype(np.float32)
-    nodes += [
-        helper.make_node("GlobalAveragePool", [at], ["pooled"]),
-        helper.make_node("Flatten", ["pooled"], ["flat"]),
-        helper.make_node("MatMul", ["flat", "head"], ["scores"]),
-    ]
-    inputs = [made.value("image", TensorProto.FLOAT, ["batch", CHANNELS[0], SIDE, SIDE])]
-    return made.model(nodes, inputs, [made.value("scores", TensorProto.FLOAT, ["batch", 10])], constants)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -67,7 +38,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model") / "network.onnx"
-    made.save(network(), path)
+    save(convolutional(), path)
     return path
 
 

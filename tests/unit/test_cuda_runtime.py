@@ -4,16 +4,19 @@ ends.
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from dstack_backend import cuda_shelf, cuda_slots
+from dstack_backend import cuda_pace, cuda_shelf, cuda_slots
+from dstack_backend.cuda_layout import with_best_layout
 from dstack_backend.cuda_programs import Program
 from dstack_backend.cuda_sessions import CudaOptions
 from dstack_backend.errors import DeviceError, DeviceLostError, ModelError, RunError
@@ -23,6 +26,7 @@ from dstack_backend.runtime_cuda import CudaSession, limit_process
 from dstack_backend.session import ladder
 from fakes import feature_models as made
 from fakes.cuda import CpuSessions, FakeCuda, FakeGroups, device_array, read
+from fakes.networks import convolutional
 
 BATCH = 8
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -41,6 +45,7 @@ class Rig:
         self.cache = Cache(cache)
         self.rng = np.random.default_rng(7)
         self.no_graphs = False
+        self.tried: list[bool] = []
         self.gpu_percent = 50.0
 
     def load(self, sizes: Any = SIZES, **options: Any) -> CudaSession:
@@ -481,6 +486,96 @@ def test_weights_are_not_shared_where_that_changes_the_answers(
     rig.check(session.run({"x": x}), x)
     session.close()
     rig.cuda.assert_nothing_left()
+
+
+# Layouts
+
+
+def layouts(rig: Rig, monkeypatch: pytest.MonkeyPatch, nhwc_us: int, **options: Any) -> CpuSessions:
+    """The sessions for a device on which the usual layout takes 100 us; opened: layouts, in order."""
+    true, turns = FakeCuda.elapsed_us, itertools.cycle((100, nhwc_us))
+    monkeypatch.setattr(FakeCuda, "elapsed_us", lambda *events: true(*events) and next(turns))
+    rig.tried = []
+
+    def make(nhwc: bool) -> CpuSessions:
+        rig.tried.append(nhwc)
+        options_ = CudaOptions(**options)
+        return CpuSessions(rig.path, options_, rig.cuda, rig.cache, nhwc=nhwc, no_graphs=rig.no_graphs)
+
+    chosen = with_best_layout(make, rig.cuda)
+    rig.cuda.assert_nothing_left()
+    assert isinstance(chosen, CpuSessions)
+    return chosen
+
+
+@pytest.fixture
+def network(tmp_path: Path) -> Rig:
+    made.save(convolutional(), tmp_path / "network.onnx")
+    return Rig(tmp_path / "network.onnx", tmp_path / "cache")
+
+
+@pytest.mark.parametrize(("nhwc_us", "wins"), [(80, True), (98, False), (120, False)])
+def test_the_faster_layout_is_found_once(
+    network: Rig, monkeypatch: pytest.MonkeyPatch, nhwc_us: int, wins: bool
+) -> None:
+    assert layouts(network, monkeypatch, nhwc_us).nhwc is wins
+    assert network.tried == [False, False, True, *[True] * wins]
+    assert layouts(network, monkeypatch, 1).nhwc is wins
+    assert network.tried == [False, *[True] * wins], "remembered"
+
+
+def test_a_layout_that_answers_otherwise_is_not_taken(network: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = itertools.cycle((0.0, 1.0))
+    monkeypatch.setattr(Program, "answer", lambda *_: [np.full((8, 10), 5 + next(answers))])
+    assert not layouts(network, monkeypatch, 10).nhwc
+
+
+def test_a_layout_that_cannot_share_weights_is_not_taken(
+    network: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    true = CpuSessions.share
+    monkeypatch.setattr(CpuSessions, "share", lambda self, stream: None if self.nhwc else true(self, stream))
+    assert not layouts(network, monkeypatch, 10).nhwc
+
+
+def test_what_is_not_tried(network: Rig, rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not layouts(rig, monkeypatch, 10).nhwc, "no convolution"
+    assert not layouts(network, monkeypatch, 10, conv_layout="nchw").nhwc
+    assert layouts(network, monkeypatch, 1000, conv_layout="nhwc").nhwc
+    assert not layouts(network, monkeypatch, 10, cuda_graphs=False).nhwc
+    network.no_graphs = True
+    assert not layouts(network, monkeypatch, 10).nhwc
+    network.no_graphs = False
+    assert not layouts(network, monkeypatch, 10).nhwc, "that it cannot be captured is remembered"
+
+
+# Waiting
+
+
+def test_waiters_sleep_until_shortly_before_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, slept = SimpleNamespace(ns=0), []
+    monkeypatch.setattr(cuda_pace.time, "monotonic_ns", lambda: clock.ns)
+    monkeypatch.setattr(cuda_pace.time, "sleep", slept.append)
+    pace = cuda_pace.Pace()
+    first = pace.behind(None)
+    first.doze()
+    assert slept == [], "nothing is known yet"
+    pace.learn(3000)
+    first = pace.behind(None)
+    second = pace.behind(first)
+    second.doze()
+    assert slept == [pytest.approx(0.0058)], "it begins when the first one ends"
+    clock.ns = 2_500_000
+    first.reached()
+    second.doze()
+    assert slept[1:] == [pytest.approx(0.0028)], "the first one was quicker than expected"
+    clock.ns = 5_200_000
+    second.doze()
+    assert len(slept) == 2, "too near the end"
+    pace.learn(11_000)
+    assert pace.run_us == 4000, "slower runs are believed slowly"
+    pace.learn(2000)
+    assert pace.run_us == 2000
 
 
 # The end
