@@ -12,7 +12,7 @@ from dstack_sched.adapters import decision_log
 from dstack_sched.adapters.decision_log import FileDecisionLog
 from dstack_sched.domain.workload import ModelDemand, Workload
 from dstack_sched.engine.run_times import Seen
-from dstack_sched.errors import InfeasibleError, SolverError
+from dstack_sched.errors import InfeasibleError, InputError, SolverError
 from fakes.controller import SETTINGS, STATED, LoopBench
 
 
@@ -209,6 +209,21 @@ def test_a_refused_plan_is_taken_back_at_the_arbiter_and_not_tried_every_second(
     bench.steps.refuse = ""
     bench.watch(first, 60)
     assert bench.steps.in_force["b"].gpu_percent > 20
+
+
+def test_a_wish_whose_round_fails_is_tried_again_ever_more_rarely(bench: LoopBench) -> None:
+    """Guards against a full disk that makes the controller forget what it was asked, or plan every second."""
+    first = bench.loop.once()
+    bench.watch(first, 10)
+    bench.steps.workload = Workload((replace(STATED.models[0], slo_ms=70.0), STATED.models[1]))
+    bench.steps.fail = InputError("config.pbtxt: cannot be written (No space left on device)")
+    current = bench.watch(first, 120)
+    failed = [reason for reason in bench.reasons() if "No space left" in reason]
+    assert 5 <= len(failed) <= 9, "after 2, 4, 8, 16, 30, 30 s"
+    assert failed[-1].endswith("next try in 30 s")
+    bench.steps.fail = None
+    bench.watch(current, 31)
+    assert bench.steps.in_force["a"].slo_ms == 70.0
 
 
 # -- other reasons than rates -----------------------------------------------------------------------------

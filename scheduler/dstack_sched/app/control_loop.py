@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from dstack_sched.app.backoff import Backoff, BackoffSettings
 from dstack_sched.app.changes import Change, Reach, changes, counts, loaded
 from dstack_sched.app.overload import BestPlan, best_plan
 from dstack_sched.app.refusals import Refusals
@@ -35,6 +36,7 @@ from dstack_sched.ports import Clock, DecisionLog
 SAME_AGAIN_S = 60.0  # a decision that changes nothing is logged once in so long
 RETRY_S = 10.0  # a plan that was refused lately is thought over again after so long
 START = "start"
+AFTER_A_FAILURE = BackoffSettings(first_s=2.0, last_s=30.0)  # a round that failed, whatever by
 
 
 class Steps(Protocol):
@@ -139,6 +141,7 @@ class ControlLoop:
         self._loaded_at_us: int | None = None
         self._retry_at_us: int | None = None  # when a plan that was held back may be tried again
         self._held_back_for = ""  # what it was to be for
+        self._failed = Backoff(AFTER_A_FAILURE)
         self._settled = True  # the forecasts rest on more than a moment
         self._wanted = steps.wanted()
         self._measured: ProfileSet | None = None  # the profiles without corrections
@@ -151,11 +154,11 @@ class ControlLoop:
 
         Errors: InfeasibleError where no part of the workload can be planned.
         """
-        self._profile()
+        self._profile(self._wanted)
         return self._round(self._wanted, START, reason, None)
 
-    def _profile(self) -> None:
-        names = [model.name for model in self._wanted.models]
+    def _profile(self, wanted: Workload) -> None:
+        names = [model.name for model in wanted.models]
         self._measured = self._steps.profile(names)
         self._watcher.follow(names)
         self._watcher.profiled(self._measured, self._steps.corrections(self._measured))
@@ -188,17 +191,25 @@ class ControlLoop:
 
     def _follow(self, current: Round, look: Look) -> Round:
         """Plan again where this look, the operator or the machine gives reason to."""
+        if self._failed.tries and not self._failed.due(self._clock.now_us()):
+            return current
         try:
             cause, reason = self._reason(current, look)
             if not reason:
                 return current
+            self._held_back_for = reason
             forecasts = look.forecasts()
             self._settled = settled(forecasts, self._settings)
             workload = rates_to_plan(self._wanted, forecasts, self._settings)
-            return self._round(workload, cause, reason, current)
+            done = self._round(workload, cause, reason, current)
         except DstackError as error:
-            self._decide("failed", "error", f"no new plan: {error}")
+            self._failed.tried(self._clock.now_us())
+            self._retry_at_us = self._failed.retry_at_us
+            again = f"next try in {self._failed.wait_s:g} s"
+            self._decide("failed", "error", f"no new plan: {error}; {again}")
             return current
+        self._failed = Backoff(AFTER_A_FAILURE)
+        return done
 
     def _reason(self, current: Round, look: Look) -> tuple[str, str | None]:
         """Why to plan again, and in one word for the metrics. Takes over what has changed."""
@@ -223,11 +234,11 @@ class ControlLoop:
         wanted = self._steps.wanted()
         if wanted == self._wanted:
             return None
-        before, self._wanted = self._wanted, wanted
-        if {model.name for model in wanted.models} - {model.name for model in before.models}:
-            self._profile()
+        if {model.name for model in wanted.models} - {model.name for model in self._wanted.models}:
+            self._profile(wanted)  # where that fails, the wish stands and is tried again
         else:
             self._watcher.follow(model.name for model in wanted.models)
+        self._wanted = wanted
         return "the workload file has changed"
 
     def _may_load(self) -> bool:
