@@ -265,12 +265,26 @@ def test_the_facts_about_overrides_that_the_help_tells(elsewhere: Elsewhere) -> 
         assert elsewhere.share("p") == "70"
 
 
-def test_run_without_profiles_says_what_it_needs(elsewhere: Elsewhere, tmp_path: Path) -> None:
-    workload = tmp_path / "workload.yaml"
-    workload.write_text("models: [{name: p, slo_ms: 100, rate_per_s: 5}]\n")
-    status, _, err = dstackctl(
-        "run", "--workload", workload, "--push", "--once", "--url", elsewhere.server.grpc_url,
-        "--state", elsewhere.state,
-    )  # fmt: skip
+def test_run_plans_for_a_triton_whose_repository_is_elsewhere(elsewhere: Elsewhere, tmp_path: Path) -> None:
+    workload, profiles = tmp_path / "workload.yaml", tmp_path / "profiles.json"
+    workload.write_text(
+        "models: [{name: p, slo_ms: 500, rate_per_s: 5}, {name: q, slo_ms: 500, rate_per_s: 5}]"
+    )
+    points = [
+        {"gpu_percent": share, "batch_size": rows, "latency_ms_p50": (1 + rows) * 100 / share,
+         "latency_ms_p99": (1 + rows) * 110 / share, "samples": 100}
+        for share in (25, 50, 100) for rows in (1, 4, 8)
+    ]  # fmt: skip
+    device = {"name": "a CPU", "sms": 2, "memory_bytes": 1 << 34, "driver": "none", "runtime": "test"}
+    model = {"sha256": "", "memory_bytes": 1 << 20, "points": points}
+    profiles.write_text(json.dumps({"version": 1, "gpu": device, "models": {"p": model, "q": model}}))
+    command = ["run", "--workload", workload, "--push", "--once", "--json",
+               "--url", elsewhere.server.grpc_url, "--state", elsewhere.state]  # fmt: skip
+    status, _, err = dstackctl(*command)
     assert status == 2
     assert "cannot be measured from here: give --profiles FILE" in err
+    status, out, err = dstackctl(*command, "--profiles", profiles)
+    assert status == 0, err
+    planned = json.loads(out)["plan"]["models"]
+    for name in ("p", "q"):
+        assert float(elsewhere.share(name)) == planned[name]["gpu_percent"]

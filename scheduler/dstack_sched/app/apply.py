@@ -176,7 +176,7 @@ class Applier:
         if text is not None and backend != BACKEND:
             raise InputError(
                 f'{where}: belongs to backend "{backend or "unnamed"}", not to "{BACKEND}"; '
-                f"`dstackctl adopt {self._repository.root} --model {model}` turns it into one"
+                f"`dstackctl adopt REPO --model {model}`, where its repository is, turns it into one"
             )
         if config.scheduler:
             raise InputError(f"{where}: uses {config.scheduler}, which cannot be planned; leave {model} out")

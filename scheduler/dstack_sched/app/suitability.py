@@ -202,6 +202,10 @@ def _notes(model: ModelFacts, parameters: Mapping[str, str]) -> Iterator[str]:
     for accelerator in _accelerators(config):
         if accelerator["name"] != "cuda":
             yield f"execution accelerator {accelerator['name']!r} stays without effect"
+    if not config["max_batch_size"] and not (config["input"] and config["output"]):
+        yield "max_batch_size is not stated: it is completed to the dstack backend's default, not onnxruntime's"
+    if any(tensor["data_type"] == "TYPE_STRING" for tensor in config["input"]):
+        yield "text that is not UTF-8 is refused"
     if ((config.get("optimization") or {}).get("graph") or {}).get("level"):
         yield "optimization.graph.level stays without effect: all graph optimizations are on"
     for agent in (config.get("model_repository_agents") or {}).get("agents", ()):
