@@ -126,6 +126,22 @@ def test_wait_for_a_grant_is_measured_from_the_first_report() -> None:
     assert (wait["count"], wait["sum"]) == (1, 3_000)
 
 
+def test_overloads_are_logged_together_and_seldom(caplog: pytest.LogCaptureFixture) -> None:
+    """Under overload the arbiter has the least time for a log."""
+    bench = Bench()
+    engine = bench.join()
+    with caplog.at_level("WARNING", logger="dstack.arbiter"):
+        for second in range(25):
+            for _ in range(3):
+                engine.answers.append([decision.Overload("resnet", "late", 5)])
+                bench.service.received(1, wire.Work(1, 60_000), 1_000_000 * second)
+            bench.service.housekeep(1_000_000 * second)
+    assert [record.getMessage().rsplit(": ")[1] for record in caplog.records] == [
+        "resnet (3 times)", "resnet (30 times)", "resnet (30 times)",
+    ]  # fmt: skip
+    assert caplog.records[1].fields == {"what": "overloaded", "models": {"resnet": 30}}
+
+
 def test_telemetry_is_kept_by_session_and_paged() -> None:
     bench = Bench()
     for number in range(30):

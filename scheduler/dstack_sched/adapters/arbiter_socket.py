@@ -50,6 +50,7 @@ class Service(Protocol):
     def disconnected(self, connection: int, now_us: int) -> Sequence[tuple[int, wire.Message]]: ...
     def timer(self, now_us: int) -> Sequence[tuple[int, wire.Message]]: ...
     def next_timer_us(self) -> int | None: ...
+    def housekeep(self, now_us: int) -> None: ...
 
 
 def monotonic_us() -> int:
@@ -251,8 +252,10 @@ class ArbiterLoop:
             self._housekeep(now_us)
 
     def _housekeep(self, now_us: int) -> None:
-        """Collect garbage (the collector is off on the hot path) and drop those that never said a word."""
+        """Collect garbage (the collector is off on the hot path), let the service do what can wait, and drop
+        those that never said a word."""
         gc.collect(1)
+        self._service.housekeep(now_us)
         for client in list(self._clients.values()):
             if not client.introduced and now_us - client.opened_us > self._first_message_within_us:
                 self._drop(client, "silent", f"no message in {self._first_message_within_us / 1e6:g} s")

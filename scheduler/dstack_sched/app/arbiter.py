@@ -45,6 +45,7 @@ MAX_GRANT_ROWS = 4_096  # engines keep a run time for each batch size: a join mu
 SEEN_ROWS = 1_024  # cells of run times in one answer: it must fit into a packet
 REVOKED_US = 50_000  # a revoked standing grant is back by then, unless it has begun
 MAX_RUNNING_US = 60_000_000  # how long a batch may claim to run on when its instance joins
+OVERLOADS_US = 10_000_000  # between two lines of the log about overloads
 VERBS = "ping, plan, status, telemetry, timeline, run_times, policy"
 
 
@@ -91,6 +92,7 @@ class ArbiterService:
         self._by_instance: dict[str, Session] = {}
         self._gpus: dict[int, Gpu] = {}
         self._joins = 0
+        self._log_overloads_us = 0
         self.record = Record()
         for gpu, plan in plans.load().items():
             self._open_gpu(gpu, plan, now_us, [])
@@ -148,6 +150,15 @@ class ArbiterService:
         due = [gpu.timer_us for gpu in self._gpus.values() if gpu.timer_us]
         return min(due) if due else None
 
+    def housekeep(self, now_us: int) -> None:
+        """What nobody waits for, about once a second: the log says who was overloaded, a line in OVERLOADS_US
+        at most. A line each would cost the most when there is the least time."""
+        if now_us >= self._log_overloads_us and (rose := self.record.overloads_since_asked()):
+            self._log_overloads_us = now_us + OVERLOADS_US
+            told = ", ".join(f"{model} ({count} times)" for model, count in rose.items())
+            about = {"what": "overloaded", "models": rose}
+            log.warning("overloaded, work waited a whole session: %s", told, extra={"fields": about})
+
     # -- backends ----------------------------------------------------------------------------------------
 
     def _join(self, connection: int, join: wire.Join, now_us: int, out: Outgoing) -> None:
@@ -168,7 +179,11 @@ class ArbiterService:
         out.append((connection, wire.Welcome(self._joins, gpu.plan.capacity_percent)))
         session.told = wire.Plan(join.batch_size, join.slo_us, join.reject_late)
         _tell_plan(session, gpu.plan, out)
-        log.info("joined: %s pid %d on GPU %d, %g%%", instance, join.pid, join.gpu, join.gpu_percent)
+        about = {"what": "joined", "model": join.model, "instance": instance, "gpu": join.gpu}
+        log.info(
+            "joined: %s pid %d on GPU %d, %g%%", instance, join.pid, join.gpu, join.gpu_percent,
+            extra={"fields": {**about, "pid": join.pid, "gpu_percent": join.gpu_percent}},
+        )  # fmt: skip
         self._step(join.gpu, gpu, joined, now_us, out)
 
     def _leave(self, session: Session, now_us: int, out: Outgoing) -> None:
@@ -176,7 +191,9 @@ class ArbiterService:
         del self._by_instance[session.joined.instance]
         while session.grants:
             session.close(session.grants.pop(0), now_us, self.record, "left")
-        log.info("left: %s pid %d", session.joined.instance, session.pid)
+        instance, model = session.joined.instance, session.joined.model
+        about = {"what": "left", "model": model, "instance": instance, "gpu": session.gpu, "pid": session.pid}
+        log.info("left: %s pid %d", instance, session.pid, extra={"fields": about})
         gpu = self._gpus[session.gpu]
         self._step(session.gpu, gpu, BackendLeft(session.joined.instance), now_us, out)
 
@@ -216,6 +233,8 @@ class ArbiterService:
 
     def _take_grant(self, session: Session, done: wire.Done, now_us: int) -> int | None:
         """Book the grant that ended. The engine's id of it; None where the engine has nothing to end."""
+        if done.rows:  # a short run under a standing grant is told by its end alone
+            session.note_start(done.grant_id, done.rows, now_us - done.run_us, self.record)
         grant = session.take(done.grant_id)
         if grant is None:
             return None
@@ -329,7 +348,8 @@ class ArbiterService:
             for session in here:
                 queue = session.joined.instance, session.waiting, session.earliest_deadline_us
                 self._step(index, gpu, WorkQueued(*queue), now_us, out)
-        log.info("policy changed: %s -> %s", before, name)
+        about = {"what": "policy", "policy": name, "before": before}
+        log.info("policy changed: %s -> %s", before, name, extra={"fields": about})
         return {"policy": name, "before": before}
 
     def status(self, now_us: int) -> dict[str, Any]:

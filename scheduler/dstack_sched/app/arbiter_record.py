@@ -110,6 +110,7 @@ class Record:
         self.next_sequence = 1
         self.decision_ns: deque[int] = deque(maxlen=DECISIONS_SAMPLED)
         self.decision_us = Histogram(DECISION_BOUNDS_US)
+        self._asked: dict[str, int] = {}
         self.overload_reports: deque[dict[str, Any]] = deque(maxlen=REPORTS_KEPT)
 
     def model(self, name: str) -> ModelCounters:
@@ -163,6 +164,13 @@ class Record:
         self.overload_reports.append(
             {"gpu": gpu, "model": model, "reason": reason[:200], "waited_us": waited_us, "at_us": now_us}
         )
+
+    def overloads_since_asked(self) -> dict[str, int]:
+        """Model -> overloads since this was asked last; those without one are left out."""
+        now = {name: counters.overloads for name, counters in self.models.items()}
+        rose = {name: count - self._asked.get(name, 0) for name, count in now.items()}
+        self._asked = now
+        return {name: count for name, count in rose.items() if count}
 
     def sequence_before(self, since_us: int) -> int:
         """The `since_sequence` of a page that begins with what ended at since_us or later."""
