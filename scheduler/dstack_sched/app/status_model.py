@@ -54,7 +54,11 @@ def model_row(model: str, now: Reading, before: Reading | None) -> dict[str, Any
     return {
         "state": served.state if served else None,
         "gpus": sorted({str(each["gpu"]) for each in backends} or ({gpu} if gpu else set())),
-        "gpu_percent": plan.get("gpu_percent", _number(parameters.get("gpu_percent"))),
+        "gpu_percent": _first(
+            plan.get("gpu_percent"),
+            _number(parameters.get("gpu_percent")),
+            *(each.get("gpu_percent") for each in backends),
+        ),
         "level_percent": delta.ratio(delta["gpu_percent_ms"], delta["run_ms"]),
         "batch_size": plan.get("batch_size", _number(parameters.get("batch_size"), int)),
         "batch_rows_mean": delta.ratio(delta["rows"], batches),
@@ -163,6 +167,11 @@ def _totals(told: Sequence[Body]) -> dict[str, int]:
 def _parameters(served: ServedNow | None) -> dict[str, str | None]:
     found = served.config.get("parameters", {}) if served else {}
     return {key: each.get("string_value") for key, each in found.items()}
+
+
+def _first(*values: Any) -> Any:
+    """The first that is known."""
+    return next((value for value in values if value is not None), None)
 
 
 def _difference(a: float | None, b: float | None) -> float | None:
