@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from dstack_backend import wire
-from dstack_backend.gate import ArbiterGate, Timing
+from dstack_backend.gate import SHORT_RUN_US, ArbiterGate, Timing
 from dstack_backend.interfaces import Permit
 
 PATIENCE_S = 10.0
@@ -172,6 +172,20 @@ def test_a_standing_grant_waits_for_work_and_says_when_it_starts(rig: Rig) -> No
     assert arbiter.hear(wire.Start) == wire.Start(77, 2, 1, 2_000_000)
     rig.gate.done(permit, 2, 0, 10)
     assert arbiter.hear(wire.Done).grant_id == 77
+
+
+def test_a_short_run_under_a_standing_grant_is_told_by_its_end(rig: Rig) -> None:
+    """Two messages would cost more than they tell."""
+    arbiter = rig.join()
+    arbiter.say(wire.Grant(77, 2, 40.0, LONG, 0, True))
+    until(lambda: rig.gate.stats.standing_grants)
+    permit = rig.gate.take()
+    assert permit is not None and rig.gate.begin(permit, 2, SHORT_RUN_US)
+    rig.gate.done(permit, 2, 0, 10)
+    seen = []
+    while not seen or not isinstance(seen[-1], wire.Done):
+        seen.append(wire.decode(arbiter.connection.recv(wire.MAX_MESSAGE_BYTES)))
+    assert not any(isinstance(message, wire.Start) for message in seen)
 
 
 def test_a_standing_grant_can_be_taken_without_a_queue(rig: Rig) -> None:

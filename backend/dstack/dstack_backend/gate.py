@@ -33,6 +33,7 @@ log = logging.getLogger("dstack")
 
 OPEN, JOINING, GATED = "open", "joining", "gated"
 MAX_OUTSTANDING = 2  # one running, one behind it
+SHORT_RUN_US = 500  # a run under a standing grant that ends this soon is told by its Done alone
 NEVER = 1 << 62
 
 
@@ -140,7 +141,7 @@ class ArbiterGate:
             self._running = (permit, now + expected_us)
             if token.epoch == 0:
                 self.stats.ungated_batches += 1
-            elif token.standing and self._state == GATED:
+            elif token.standing and self._state == GATED and expected_us > SHORT_RUN_US:
                 self._send_start(token.grant_id, rows)
             return True
 

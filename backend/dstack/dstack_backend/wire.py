@@ -14,8 +14,9 @@ the connection, runs ungated, and connects again from time to time. One that run
 so in Join, and ends that batch with Done(grant_id=0).
 
 A standing grant is given to an idle instance before it has work, while nobody else wants the GPU: it runs
-its next batch without asking, and says so with Start. The arbiter may take it back with Revoke; the instance
-answers with Done(rows=0), or, where the two crossed, has started already. Telemetry is told once a second.
+its next batch without asking, and says so with Start (of a very short one, with Done alone). The arbiter may
+take it back with Revoke; the instance answers with Done(rows=0), or, where the two crossed, has started
+already. Telemetry is told once a second.
 
 This module is shared with the arbiter (dstack_sched.adapters) and knows neither Triton nor the scheduler.
 """

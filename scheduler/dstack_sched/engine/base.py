@@ -91,8 +91,13 @@ class EngineBase(Books):
         run = instance.run
         if event.grant_id == instance.lost_grant:
             instance.lost_grant = 0
-        if instance.standing is not None and event.grant_id == instance.standing.grant_id:
-            self._unstand(instance)  # given back unused
+        standing = instance.standing
+        if standing is not None and event.grant_id == standing.grant_id:
+            self._unstand(instance)
+            if event.rows > 0 and run is None:  # so short that its start was not told
+                self._start_standing(instance, standing, event.rows, now)
+                standing.start_us = standing.touched_us = now - event.run_us
+                self._retire(instance, standing, event.rows, event.run_us, now)
         elif run is not None and event.grant_id == run.grant_id:
             self._retire(instance, run, event.rows, event.run_us, now)
         elif instance.chained is not None and event.grant_id == instance.chained.grant_id:
@@ -110,10 +115,7 @@ class EngineBase(Books):
         run = instance.standing
         if run is not None and run.grant_id == event.grant_id and instance.run is None:
             self._unstand(instance)
-            run.rows = max(1, min(event.rows, run.batch))
-            self._time(instance, run, run.rows)
-            run.lease_us = now + self._lease(instance, run.alone_us * instance.model.slowdown(self.promised))
-            self._begin(instance, run, now)
+            self._start_standing(instance, run, event.rows, now)
         self._queue(instance, event.waiting, event.earliest_deadline_us, now)
 
     def _on_timer(self, event: TimerFired, now: int) -> None:

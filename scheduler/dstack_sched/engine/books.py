@@ -102,6 +102,13 @@ class Books:
         self._wake(run.lease_us + REVOKE_WITHIN_US, WAKE_STANDING, instance, run.grant_id)
         self._out.append(Grant(instance.name, run.grant_id, percent, batch, run.lease_us, run.mask, True))
 
+    def _start_standing(self, instance: Instance, run: Run, rows: int, now: int) -> None:
+        """What was a standing grant runs `rows` rows from now on."""
+        run.rows = max(1, min(rows, run.batch))
+        self._time(instance, run, run.rows)
+        run.lease_us = now + self._lease(instance, run.alone_us * instance.model.slowdown(self.promised))
+        self._begin(instance, run, now)
+
     def _unstand(self, instance: Instance) -> None:
         """Its standing grant is begun, given back, or over."""
         if instance.standing is not None:
