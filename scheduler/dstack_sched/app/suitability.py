@@ -203,7 +203,7 @@ def _notes(model: ModelFacts, parameters: Mapping[str, str]) -> Iterator[str]:
         if accelerator["name"] != "cuda":
             yield f"execution accelerator {accelerator['name']!r} stays without effect"
     if not config["max_batch_size"] and not (config["input"] and config["output"]):
-        yield "max_batch_size is not stated: it is completed to the dstack backend's default, not onnxruntime's"
+        yield "max_batch_size is not stated: it becomes the dstack backend's default, not onnxruntime's"
     if any(tensor["data_type"] == "TYPE_STRING" for tensor in config["input"]):
         yield "text that is not UTF-8 is refused"
     if ((config.get("optimization") or {}).get("graph") or {}).get("level"):
