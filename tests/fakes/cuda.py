@@ -21,7 +21,7 @@ from dstack_backend import dlpack
 from dstack_backend.cuda_sessions import Sessions
 from dstack_backend.errors import DeviceError, DeviceLostError
 
-TOTAL_BYTES = 1 << 30
+TOTAL_BYTES = 1 << 34
 
 
 @dataclass
@@ -49,6 +49,7 @@ class FakeCuda:
         self.launched: list[int] = []  # masks of the graphs launched
         self.log: list[str] = []
         self.lost = self.touching = False
+        self.others_bytes = 0  # what other processes hold
         self._next = 1000
 
     def _handle(self) -> int:
@@ -69,7 +70,8 @@ class FakeCuda:
         return "fake 9.0"
 
     def memory_info(self) -> tuple[int, int]:
-        return TOTAL_BYTES - sum(block.nbytes for block in self.memory.values()), TOTAL_BYTES
+        held = self.others_bytes + sum(block.nbytes for block in self.memory.values())
+        return TOTAL_BYTES - held, TOTAL_BYTES
 
     # Memory
 

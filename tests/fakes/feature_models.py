@@ -101,6 +101,21 @@ def without_batch() -> onnx.ModelProto:
     )
 
 
+def halves() -> onnx.ModelProto:
+    """Every other row: as many dimensions with free sizes as a model that batches, but fewer rows out than
+    in.
+    """
+    return model(
+        [helper.make_node("Slice", ["x", "from", "to", "axis", "step"], ["y"])],
+        [value("x", FLOAT, ["rows", 2])],
+        [value("y", FLOAT, ["half", 2])],
+        {
+            name: np.array([number], np.int64)
+            for name, number in {"from": 0, "to": 1 << 30, "axis": 0, "step": 2}.items()
+        },
+    )
+
+
 def scalar() -> onnx.ModelProto:
     """A scalar in, a scalar out."""
     return model([helper.make_node("Neg", ["x"], ["y"])], [value("x", FLOAT, [])], [value("y", FLOAT, [])])

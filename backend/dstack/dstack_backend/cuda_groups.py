@@ -61,7 +61,7 @@ class SmGroups:
         """A stream on the SMs of the groups in the mask; Driver.destroy_stream ends it.
 
         Green contexts stay until the process ends: destroying one does not give its memory back (4 MB each
-        on an H100), so a model that is loaded again takes those that are there. """
+        on an H100), so a model that is loaded again takes those that are there."""
         with self._lock:
             if mask not in self._contexts:
                 self._contexts[mask] = self._context(mask)

@@ -2,7 +2,7 @@
 
 The driver waits for an event by spinning: a core for every model that is busy. Sleeping instead costs some
 tens of microseconds at the end of each run. So a waiter sleeps until shortly before the end that it
-expects. """
+expects."""
 
 from __future__ import annotations
 

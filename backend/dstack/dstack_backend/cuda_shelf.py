@@ -19,6 +19,7 @@ log = logging.getLogger("dstack")
 Key: TypeAlias = tuple[int, int]  # (mask of SM groups, 0: all that the process has; batch size)
 THREADS = 4  # that prepare programs at a time
 MAX_EXTRA = 24  # programs made on demand beyond those of warm-up; the longest unused ones go first
+RESERVE_BYTES = 1 << 30  # of device memory, left to others by programs that are made on demand
 Trial: TypeAlias = Callable[[int], tuple[Mapping[str, Array], list[Array]]]  # size -> feeds, wanted answers
 
 
@@ -90,7 +91,7 @@ class Shelf:
         """Make the programs that are not there. What cannot be had is logged, once; batches do without.
 
         Several at a time: cuDNN compiles kernels for each on the host. One at a time where memory is
-        bounded, to see what each takes. Raises DeviceLostError. """
+        bounded, to see what each takes. Raises DeviceLostError."""
         with self._lock:
             if keep:
                 self._kept.update(keys)
@@ -190,7 +191,8 @@ class Shelf:
                     return
                 key = self._wished[0]
             try:
-                self.prepare([key], keep=False)
+                if self._cuda.memory_info()[0] > RESERVE_BYTES:
+                    self.prepare([key], keep=False)
             except Exception as error:  # a lost device: the next launch says so to whom it concerns
                 log.error("%s: cannot prepare SM groups %x: %s", self._name, key[0], one_line(error))
                 self._refused.add(key)

@@ -150,6 +150,9 @@ class CpuSession(TwoPhases):
     def allocate(self, shape: tuple[int, ...], dtype: Any) -> Array:
         return aligned(shape, dtype)
 
+    def check(self) -> None:
+        """The CPU is there."""
+
     def close(self) -> None:
         self._session = None
 

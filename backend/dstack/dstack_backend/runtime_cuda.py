@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -37,6 +38,9 @@ from dstack_backend.session import Running, Staged, TwoPhases
 from dstack_backend.staging import aligned
 from dstack_backend.tensors import Array, DeviceArray, Feed
 
+log = logging.getLogger("dstack")
+
+ODD_ROWS = 3  # no dimension of a model happens to have it as easily as 1, 2 or 4
 MPS_PERCENT = "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"
 
 
@@ -109,7 +113,7 @@ class CudaSession(TwoPhases):
             limit_bytes=options.memory_limit_bytes,
             name=str(sessions.path),
         )
-        self._shelf.bound = is_bound(self.inputs, self.outputs)
+        self._shelf.bound = is_bound(self.inputs, self.outputs) and self._keeps_rows()
         self._loaded_bytes = max(0, free_before - cuda.memory_info()[0])
         self._shelf.used_bytes = sessions.shared_bytes
 
@@ -145,6 +149,23 @@ class CudaSession(TwoPhases):
         """Drop the programs; warm_up() makes them again. Only while nothing is under way."""
         self._cuda.wait(self._compute)
         self._shelf.clear()
+
+    def _keeps_rows(self) -> bool:
+        """Whether rows in are rows out, whatever the dimensions are called: a program's outputs have a
+        fixed place.
+        """
+        try:
+            answers = self._plain.run(samples(self.inputs, ODD_ROWS, seed=ODD_ROWS), self._names, trial=True)
+        except RunError:
+            raise
+        except Exception as error:
+            self._cuda.check()
+            log.info("%s: no run of random inputs, so no programs: %s", self._sessions.path, one_line(error))
+            return False
+        return all(
+            answer.shape == (ODD_ROWS, *spec.shape[1:])
+            for answer, spec in zip(answers, self.outputs, strict=True)
+        )
 
     def _program(self, size: int, stream: int, graphs: bool) -> Program:
         return Program(self._sessions, self._cuda, self.inputs, self.outputs, size, stream, graphs=graphs)
@@ -236,6 +257,10 @@ class CudaSession(TwoPhases):
             batch.execute(lambda: self._plain.run(batch.feeds, [*names, *left]))
             batch.leave_on_device(len(left), self._cuda)
         return batch
+
+    def check(self) -> None:
+        self._cuda.use()
+        self._cuda.check()
 
     def close(self) -> None:
         """Give the device memory back, once nothing is under way."""

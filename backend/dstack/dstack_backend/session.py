@@ -138,6 +138,10 @@ class Session(Protocol):
         """Memory to gather inputs in that stage() takes fastest. Good until close()."""
         ...
 
+    def check(self) -> None:
+        """Raise DeviceLostError where nothing can run any more. Any thread; disturbs nothing."""
+        ...
+
     def close(self) -> None: ...
 
 
