@@ -10,7 +10,7 @@ from pathlib import Path
 from dstack_sched.adapters.stub_processes import LocalStubProcesses
 from dstack_sched.adapters.triton_client import TritonClient
 from dstack_sched.adapters.triton_connection import ConnectionOptions
-from dstack_sched.cli.common import DEFAULT_GRPC_URL
+from dstack_sched.cli.common import DEFAULT_GRPC_URL, say
 from dstack_sched.errors import InputError
 
 
@@ -43,6 +43,7 @@ def attached(connection: ConnectionOptions | None, repository: Path) -> Iterator
     """
     if connection is None and serves(DEFAULT_GRPC_URL, repository):
         connection = ConnectionOptions(DEFAULT_GRPC_URL)
+        say(f"Triton at {DEFAULT_GRPC_URL} serves {repository}")
     if connection is None:
         yield Attached(
             None, None, f"no Triton was told: load the models in yours, or `dstackctl serve {repository}`"
