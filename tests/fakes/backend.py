@@ -138,6 +138,7 @@ class FakeDevice:
         self.waiting = 0  # launched and not yet waited for
         self.most_launched = 0
         self.threads: set[int] = set()
+        self.checks, self.lost = 0, False
         self.entered = threading.Semaphore(0)
         self.hold = threading.Event()
         self.hold.set()
@@ -170,6 +171,11 @@ class FakeDevice:
 
     def allocate(self, shape: tuple[int, ...], dtype: object) -> np.ndarray:
         return np.empty(shape, dtype)
+
+    def check(self) -> None:
+        self.checks += 1
+        if self.lost:
+            raise DeviceLostError("the MPS server is gone")
 
     def wait_running(self) -> None:
         assert self.entered.acquire(timeout=PATIENCE_S), "nothing runs"

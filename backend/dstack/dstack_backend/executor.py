@@ -20,21 +20,13 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 
 from dstack_backend.answers import Answers
-from dstack_backend.batching import Batch, Item, Part, RequestQueue, batch_of
-from dstack_backend.errors import (
-    CancelledError,
-    DeviceLostError,
-    RejectedError,
-    RequestError,
-    RunError,
-    one_line,
-)
+from dstack_backend.batching import Item, Part, RequestQueue, batch_of
+from dstack_backend.errors import DeviceLostError, RejectedError, RequestError, RunError, one_line
 from dstack_backend.interfaces import Gate, Permit, Request
 from dstack_backend.pipeline import Job, Pipeline
 from dstack_backend.stats import Stats
 
 BEST_EFFORT_US = 3_600_000_000  # the deadline of a request without one: it never counts as late
-CANCEL_CHECK_AFTER_US = 5_000  # asking Triton costs a round trip; a request this young is rarely cancelled
 HELPERS = 4  # one makes the next batch, the others answer: Triton acknowledges a response in 0.1 ms or so
 MAX_LAUNCHED = 2  # one runs, one behind it
 FIRST_RUN_US = 10_000  # what a run is expected to take before any was seen
@@ -44,7 +36,7 @@ SHORT_RUN_US = 300  # a run this short gains nothing from overlapping
 LONG_RUN_US = 5_000  # during a run this long, Triton's thread had better take more requests in
 DRAIN_S = 20.0
 STOP_S = 5.0
-RETURN_S = 0.2
+REST_S, REFUSE_S = 0.5, 0.02  # without a device: the end waits so long for rest, each refusal gives so much
 UNLOADING = "the model is unloading"
 
 log = logging.getLogger("dstack")
@@ -93,11 +85,12 @@ class Executor:
         self._queue = RequestQueue()
         self._answers = Answers(self.stats, clock_us, self._drop)
         self._permits: deque[Permit] = deque()
-        self._making = False  # someone makes a batch for the next permit
+        self._making: Job | None = None  # a batch is being made for the next permit
         self._launched: deque[Job] = deque()  # on the device, in order; the first one runs
         self._finished: deque[tuple[Job, Sequence[Part]]] = deque()  # to be answered by helpers
         self._kept: Job | None = None  # its answers were returned: Triton may still read them
         self._lost: RequestError | None = None  # the device is gone, and why
+        self._at_rest = threading.Event()  # Triton's thread waits here, with nothing to answer
         self._closing = False
         self._stopped = False
         self._run_us: dict[int, int] = {}  # last run time by rows: what begin() is told to expect
@@ -128,6 +121,10 @@ class Executor:
         if refusal is not None:
             for item in items:
                 item.request.fail(refusal)
+            if self._lost is not None:
+                self._at_rest.set()
+                time.sleep(REFUSE_S)
+                self._at_rest.clear()
             return
         self._gate.work()
         if not self._prefetch:
@@ -170,7 +167,8 @@ class Executor:
 
     def _run_here(self, items: Sequence[Item], started_us: int) -> bool:
         """Run and answer a batch of these in this thread, where they are alone and a permit is at hand."""
-        if not items or self._answers.in_flight or self._closing or not self._is_alone(items, started_us):
+        unfit = self._answers.in_flight or self._closing or self._lost
+        if not items or unfit or not self._is_alone(items, started_us):
             return False
         permit = self._gate.take()
         if permit is None:
@@ -185,7 +183,7 @@ class Executor:
         for item in items:
             item.taken_rows, item.queued_us = item.rows, now_us
         self._answers.expect(items)
-        self._note_made(job)
+        job.made(self._now_us())
         self._pipeline.prepare(job)
         if not self._launch(job):
             self._answers.forget(items)
@@ -257,9 +255,9 @@ class Executor:
                 if self._launched:
                     if not self._launched[0].here:
                         return self._launched[0]
-                elif self._permits and not self._making:
-                    self._making = True
-                    return Job(self._permits.popleft())
+                elif self._permits and self._making is None:
+                    self._making = Job(self._permits.popleft())
+                    return self._making
                 if self._stopped:
                     return None
                 self._device_wakes.wait()
@@ -272,7 +270,7 @@ class Executor:
         batch = job.batch
         assert batch is not None
         with self._lock:
-            alone = not self._permits and not self._launched and not self._making and not self._queue.rows
+            alone = not self._permits and not self._launched and self._making is None and not self._queue.rows
             if not alone or len(batch.parts) > 1:
                 self._finished.append((job, ()))
                 self._helpers_wake.notify()
@@ -294,7 +292,8 @@ class Executor:
                     job.batch = None
         finally:
             with self._lock:
-                self._making = False
+                if self._making is job:
+                    self._making = None
                 self._device_wakes.notify()
                 self._helpers_wake.notify()
         if job.batch is None:
@@ -312,22 +311,12 @@ class Executor:
                 self._room.notify_all()
             self._answers.reject(expired, "its deadline had passed before it could run")
             if batch is not None:
-                batch = self._without_dead(batch)
+                batch = self._answers.without_dead(batch)
             if batch is None or batch.parts:
                 job.batch = batch
                 break
         if batch is not None:
-            self._note_made(job)
-
-    def _without_dead(self, batch: Batch) -> Batch:
-        """The batch without parts whose clients gave up or whose earlier chunk failed."""
-        old_us = self._now_us() - CANCEL_CHECK_AFTER_US
-        for part in batch.parts:
-            item = part.item
-            if not item.settled and item.arrival_us <= old_us and item.request.is_cancelled():
-                self._answers.settle(item, CancelledError("cancelled by the client"))
-        kept = [part for part in batch.parts if not part.item.settled]
-        return batch if len(kept) == len(batch.parts) else batch_of(kept)
+            job.made(self._now_us())
 
     def _launch(self, job: Job) -> bool:
         """Launch a prepared job, once those before it are launched; False where its permit is void."""
@@ -341,8 +330,8 @@ class Executor:
                 return False
             with self._lock:
                 self._launched.append(job)
-                if not job.here:
-                    self._making = False
+                if self._making is job:
+                    self._making = None
                     self._device_wakes.notify()
                     if self._permits:
                         self._helpers_wake.notify()
@@ -366,13 +355,6 @@ class Executor:
     def _expected_us(self, rows: int) -> int:
         return self._run_us.get(rows) or max(self._run_us.values(), default=FIRST_RUN_US)
 
-    def _note_made(self, job: Job) -> None:
-        assert job.batch is not None
-        items = [part.item for part in job.batch.parts]
-        now_us, count = self._now_us(), len(items)
-        job.stage_us["hand_over"] = sum(item.queued_us - item.arrival_us for item in items) // count
-        job.stage_us["wait_grant"] = max(0, sum(now_us - item.queued_us for item in items) // count)
-
     # Helpers
 
     def _helper_loop(self) -> None:
@@ -389,10 +371,10 @@ class Executor:
         """A job to make behind the one that runs, where its batch would be full; else one to answer."""
         with self._lock:
             while True:
-                may_make = self._permits and not self._making and 0 < len(self._launched) < MAX_LAUNCHED
+                may_make = self._permits and self._making is None and 0 < len(self._launched) < MAX_LAUNCHED
                 if may_make and self._queue.rows >= self._permits[0].batch_size:
-                    self._making = True
-                    return Job(self._permits.popleft()), ()
+                    self._making = Job(self._permits.popleft())
+                    return self._making, ()
                 if self._finished:
                     return self._finished.popleft()
                 if self._stopped:
@@ -424,7 +406,7 @@ class Executor:
 
     def _answer(self, job: Job, parts: Sequence[Part]) -> None:
         if isinstance(job.error, DeviceLostError):
-            self._lose(job.error)
+            self.lose(job.error)
         self._answers.answer(job, parts)
 
     def _drop(self, item: Item) -> None:
@@ -433,8 +415,9 @@ class Executor:
 
     # The end
 
-    def _lose(self, error: DeviceLostError) -> None:
-        """The device is gone for good: answer all that waits, then let the process be ended."""
+    def lose(self, error: DeviceLostError) -> None:
+        """The device is gone for good: fail all that waits and comes, ask for no grants any more, and let the
+        process be ended. Any thread."""
         with self._lock:
             if self._lost is not None:
                 return
@@ -447,9 +430,10 @@ class Executor:
         threading.Thread(target=self._end_lost, name="dstack-end", daemon=True).start()
 
     def _end_lost(self) -> None:
+        """Once all is answered: a stub that dies within a call of Triton's can take the server with it."""
         self._answers.wait_drained(STOP_S)
         self._gate.close()
-        time.sleep(RETURN_S)  # answers that Triton's thread returns are on their way
+        self._at_rest.wait(REST_S)
         self._on_lost()
 
     def close(self, drain_s: float = DRAIN_S) -> None:

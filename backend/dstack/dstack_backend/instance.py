@@ -12,6 +12,7 @@ from typing import Any
 import onnxruntime as ort
 
 from dstack_backend import wire
+from dstack_backend.device_watch import DeviceWatch
 from dstack_backend.endpoint import socket_path
 from dstack_backend.errors import BackendError, ModelError
 from dstack_backend.executor import Executor, monotonic_us
@@ -55,6 +56,9 @@ class Instance:
             warm_up(self._session, settings)
             self._executor = self._make_executor()
             self._executor.start()
+            self._watch = DeviceWatch(self._session, self._executor, self.stats)
+            if settings.provider == "cuda":
+                self._watch.start()
         except BaseException:
             self._session.close()
             raise
@@ -103,6 +107,7 @@ class Instance:
 
     def close(self) -> None:
         """Answer everything accepted, stop, free the device."""
+        self._watch.stop()
         self._executor.close()
         self._session.close()
 
