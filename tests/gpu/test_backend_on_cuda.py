@@ -119,7 +119,8 @@ def served(tmp_path: Path) -> Iterator[str]:
             'backend: "dstack"\nmax_batch_size: 16\ninstance_group [{ kind: KIND_GPU }]\n'
         )
     nobody = str(tmp_path / "no-arbiter.sock")
-    with TritonProcess(find_server(), tmp_path / "models", env={SOCKET_VARIABLE: nobody}) as server:
+    env, log = {SOCKET_VARIABLE: nobody}, tmp_path / "triton.log"
+    with TritonProcess(find_server(), tmp_path / "models", env=env, log_path=log) as server:
         with TritonClient(server.grpc_url) as client:
             for name in ("dense", "every_type"):
                 client.load(name)
