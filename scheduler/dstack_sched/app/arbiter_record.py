@@ -9,9 +9,9 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import deque
 from dataclasses import dataclass, field
-from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any
 
+from dstack_sched.app.interval_ring import Interval, IntervalRing
 from dstack_sched.domain.metrics import DECISION_TIME, GRANT_WAIT
 
 WAIT_BOUNDS_US = tuple(round(bound_s * 1e6) for bound_s in GRANT_WAIT.bounds)
@@ -80,34 +80,13 @@ class ModelCounters:
         }
 
 
-class Interval(NamedTuple):
-    """One granted batch: who had how much of which GPU, from when to when (CLOCK_MONOTONIC us).
-
-    outcome: "done", "unused" (no row was run), "lease" (share taken back, the batch did not end in time) or
-    "left" (the backend unloaded or died).
-    """
-
-    sequence: int
-    gpu: int
-    model: str
-    instance: str
-    gpu_percent: float
-    start_us: int
-    end_us: int
-    rows: int
-    late_rows: int
-    batch_size: int
-    outcome: str
-
-
 class Record:
     """Counters by model and the ring of intervals."""
 
     def __init__(self) -> None:
         self.models: dict[str, ModelCounters] = {}
         self.gpu_percent_ms: dict[int, float] = {}
-        self.intervals: deque[Interval] = deque(maxlen=INTERVALS_KEPT)
-        self.next_sequence = 1
+        self.intervals = IntervalRing(INTERVALS_KEPT)
         self.decision_ns: deque[int] = deque(maxlen=DECISIONS_SAMPLED)
         self.decision_us = Histogram(DECISION_BOUNDS_US)
         self._asked: dict[str, int] = {}
@@ -152,12 +131,8 @@ class Record:
         elif outcome == "lease":
             counters.leases_ended += 1
         self.intervals.append(
-            Interval(
-                self.next_sequence, gpu, model, instance, gpu_percent, start_us, end_us, rows, late_rows,
-                batch_size, outcome,
-            )
-        )  # fmt: skip
-        self.next_sequence += 1
+            gpu, model, instance, gpu_percent, start_us, end_us, rows, late_rows, batch_size, outcome
+        )
 
     def overloaded(self, gpu: int, model: str, reason: str, waited_us: int, now_us: int) -> None:
         self.model(model).overloads += 1
@@ -174,8 +149,7 @@ class Record:
 
     def sequence_before(self, since_us: int) -> int:
         """The `since_sequence` of a page that begins with what ended at since_us or later."""
-        at = bisect_left(self.intervals, since_us, key=lambda interval: interval.end_us)
-        return self.intervals[at].sequence - 1 if at < len(self.intervals) else self.next_sequence - 1
+        return self.intervals.ended_since(since_us) - 1
 
     def page(self, since_sequence: int, limit: int) -> dict[str, Any]:
         """Intervals with a sequence above the given one, oldest first.
@@ -183,16 +157,16 @@ class Record:
         {"fields", "rows", "next_since": asks for what follows, "more", "lost": how many the ring dropped}
         """
         limit = max(1, min(limit, PAGE_ROWS))
-        oldest = self.intervals[0].sequence if self.intervals else self.next_sequence
+        ring = self.intervals
+        oldest = ring.oldest
         first = max(since_sequence + 1, oldest)
-        at = first - oldest
-        rows = [list(interval) for interval in islice(self.intervals, at, at + limit)]
+        rows = [list(ring[sequence]) for sequence in range(first, min(first + limit, ring.next_sequence))]
         last: int = first + len(rows) - 1 if rows else max(since_sequence, oldest - 1)
         return {
             "fields": list(Interval._fields),
             "rows": rows,
             "next_since": last,
-            "more": last + 1 < self.next_sequence,
+            "more": last + 1 < ring.next_sequence,
             "lost": max(0, oldest - since_sequence - 1) if since_sequence else 0,
         }
 

@@ -16,7 +16,7 @@ from dstack_sched.adapters.triton_client import TritonClient
 from dstack_sched.app.arbiter_plans import ArbiterPlans
 from dstack_sched.app.gpus import GpuGuard
 from dstack_sched.app.guards import ArbiterGuard, ArbiterPlanGuard, LoadedGuard, ServerGuard, StubGuard
-from dstack_sched.app.health import Guard, Health, HealthSettings
+from dstack_sched.app.health import Case, Guard, Health, HealthSettings, Outcome
 from dstack_sched.app.host_view import HostView
 from dstack_sched.app.mps_guard import MpsGuard
 from dstack_sched.app.revive import Reviver
@@ -74,7 +74,6 @@ def make_health(
     settings: HealthSettings | None = None,
 ) -> Health:
     """Mends at most LOADS_AT_ONCE things at a time, and never while configs are being rewritten."""
-    pool = ThreadPoolExecutor(LOADS_AT_ONCE, thread_name_prefix="mend")
     return Health(
         guards,
         SystemClock(),
@@ -82,8 +81,14 @@ def make_health(
         telemetry,
         settings=settings,
         alone=lambda: FileEditJournal(state, repository.root).lock,
-        each=pool.map,
+        each=some_at_once,
     )
+
+
+def some_at_once(mend: Callable[[Case], Outcome], cases: Iterable[Case]) -> list[Outcome]:
+    """All of them, in threads that end with it: there may be nothing to mend for months."""
+    with ThreadPoolExecutor(LOADS_AT_ONCE, thread_name_prefix="mend") as pool:
+        return list(pool.map(mend, cases))
 
 
 class HealthThread:
