@@ -150,7 +150,7 @@ def slope(series: list[dict[str, int]], key: str) -> float:
 def mps(study: Study) -> dict[str, Any]:
     """The MPS daemon and its server killed under load, then the server alone; on the CPU, where there is no
     MPS, the stubs in their place: what clients saw, and when every model answered again."""
-    names = [name for name in MPS_MODELS if name in study.models]
+    names = [name for name in MPS_MODELS if name in study.models] or study.models
     expected = {name: reference(study.path(name), 2) for name in names}
     cuda = study.provider == "cuda"
     scenarios = {"daemon": {"daemon", "server"}, "server": {"server"}} if cuda else {"stubs": set()}

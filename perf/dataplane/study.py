@@ -7,10 +7,12 @@ import json
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from dataplane.server import Server
+from dstack_backend.device import identity
 from dstack_sched.errors import MachineError
 from report import commit, now, write_report
 
@@ -115,7 +117,16 @@ class Study:
         found = self.parts.get(part, {})
         return {} if "error" in found else found
 
+    @lru_cache(maxsize=1)  # noqa: B019 - one study a process
+    def device(self) -> dict[str, Any]:
+        """What it ran on; where the driver does not answer, why."""
+        try:
+            return identity(self.provider, 0)
+        except (OSError, RuntimeError) as error:
+            return {"error": str(error)}
+
     def write(self, figures: Mapping[str, Any]) -> None:
         """The report with these figures in front of the parts they come from."""
-        content = {**figures, "provider": self.provider, "problems": self.problems, "parts": self.parts}
+        about = {"provider": self.provider, "device": self.device()}
+        content = {**figures, **about, "problems": self.problems, "parts": self.parts}
         write_report(self.report, COMMAND, content)

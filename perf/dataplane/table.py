@@ -13,6 +13,7 @@ CUDA_WANTED = 0.95
 OVERHEAD_WANTED_MS = {"resnet50": 0.4, "mobilenet_v2": 0.4}
 LEVEL_SWITCH_WANTED_MS = 2.0
 EQUAL_WITHIN = 0.05
+LEAK_SLACK_BYTES = 16 << 20  # of allocators; a leak of 200 KiB a cycle would show over 100
 
 
 def figures(study: Study) -> dict[str, Any]:
@@ -120,6 +121,10 @@ def targets(study: Study, found: Mapping[str, Any]) -> dict[str, bool]:
     if instances:
         met[f"{sum(instances['instances'].values())} instances load, serve, unload"] = bool(
             instances["all_served"] and not instances["processes_left"]
+        )
+    if found["leak"]:
+        met[f"{found['leak']['cycles']} load/unload cycles leave memory as it was"] = all(
+            found["leak"][key] <= LEAK_SLACK_BYTES for key in ("device_bytes", "host_bytes")
         )
     for scenario, row in study.result("mps").get("scenarios", {}).items():
         met[f"{scenario} killed: all serving again, no wrong answer"] = bool(
