@@ -166,7 +166,12 @@ class FakeDevice:
         self.most_launched = max(self.most_launched, self.waiting)
         staged.names = list(outputs or ())
         if self.synchronous:
-            staged.run()
+            try:
+                staged.run()
+            except Exception:  # `staged` is used up, also by an error
+                staged.close()
+                self.waiting -= 1
+                raise
         return staged
 
     def allocate(self, shape: tuple[int, ...], dtype: object) -> np.ndarray:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
 
-from dstack_backend.errors import CancelledError, RejectedError, RunError
-from dstack_backend.executor import CANCEL_CHECK_AFTER_US, Executor
+from dstack_backend.answers import CANCEL_CHECK_AFTER_US
+from dstack_backend.errors import CancelledError, DeviceLostError, RejectedError, RunError
+from dstack_backend.executor import Executor
+from dstack_backend.interfaces import Permit
 from dstack_backend.pipeline import Pipeline
 from dstack_backend.staging import Staging
+from dstack_backend.stats import STAGES
 from fakes.backend import PATIENCE_S, FakeDevice, FakeRequest, ManualGate
 
 
@@ -23,7 +27,8 @@ class Rig:
         self.now_us = 1_000_000
         self.executor: Executor | None = None
 
-    def start(self, **options) -> Executor:
+    def start(self, synchronous: bool = True, **options) -> Executor:
+        self.device.synchronous = synchronous
         settings = {"batched": True, "batch_size": 4, "prefetch": 64, **options}
         pipeline = Pipeline(self.device, Staging(4, self.device.allocate))
         self.executor = Executor(pipeline, self.gate, clock_us=lambda: self.now_us, **settings)
@@ -38,6 +43,7 @@ def rig() -> Iterator[Rig]:
     rig.device.hold.set()
     if rig.executor:
         rig.executor.close(0.1)
+    assert rig.device.open == 0, "device memory of a batch was never given back"
 
 
 def doubled(*requests: FakeRequest) -> bool:
@@ -295,3 +301,217 @@ def test_close_does_not_wait_for_ever(rig: Rig) -> None:
     executor.submit([stranded])
     executor.close(0.05)
     assert isinstance(stranded.wait().error, RejectedError)
+
+
+def permit(batch_size: int = 4) -> Permit:
+    return Permit(batch_size, 40.0, sm_groups=0b110)
+
+
+def test_a_request_that_comes_alone_is_run_and_answered_by_tritons_thread(rig: Rig) -> None:
+    executor = rig.start()
+    rig.gate.at_hand = [permit()]
+    request = FakeRequest([1, 2])
+    executor.submit([request])
+    assert request.times_settled == 1 and not request.deferred  # its answer can be returned
+    assert doubled(request)
+    assert rig.device.threads == {threading.get_ident()}
+    assert [rows for _, rows, _ in rig.gate.finished] == [2]
+    assert rig.gate.worked == 0
+    assert (executor.stats.requests, executor.stats.returned, executor.stats.rows) == (1, 1, 2)
+
+
+def test_outputs_of_a_kept_answer_stay_until_the_next_request(rig: Rig) -> None:
+    """Triton reads them after execute() has returned."""
+    executor = rig.start()
+    rig.gate.at_hand = [permit(), permit()]
+    executor.submit([FakeRequest(1)])
+    assert rig.device.open == 1
+    executor.submit([FakeRequest(2)])
+    assert rig.device.open == 1
+
+
+def test_several_requests_handed_over_together_are_one_batch(rig: Rig) -> None:
+    executor = rig.start()
+    rig.gate.at_hand = [permit()]
+    requests = [FakeRequest(1), FakeRequest([2, 3])]
+    executor.submit(requests)
+    assert doubled(*requests)
+    assert [len(batch) for batch in rig.device.batches] == [3]
+
+
+@pytest.mark.parametrize("rows", [[1.0, 2.0, 3.0], [13.0]])
+def test_what_does_not_fit_the_permit_or_comes_in_groups_takes_the_queue(rig: Rig, rows: list[float]) -> None:
+    executor = rig.start()
+    rig.gate.at_hand = [permit(2)]
+    requests = [FakeRequest(rows), FakeRequest(np.ones((1, 7), np.float32))]
+    executor.submit(requests)
+    assert all(request.deferred for request in requests)
+    for _ in range(3):
+        rig.gate.grant(2)
+    for request in requests:
+        request.wait()
+
+
+def test_a_void_permit_at_hand_puts_the_request_in_the_queue(rig: Rig) -> None:
+    executor = rig.start()
+    rig.gate.at_hand = [permit()]
+    rig.gate.void = set(rig.gate.at_hand)
+    request = FakeRequest(1)
+    executor.submit([request])
+    assert request.deferred and executor.state()[0] == 1 and rig.gate.worked == 1
+    rig.gate.grant(4)
+    assert doubled(request)
+    assert (executor.stats.requests, executor.stats.rows, executor.stats.returned) == (1, 1, 0)
+
+
+def test_a_request_on_the_heels_of_another_lets_the_next_ones_in(rig: Rig) -> None:
+    """It waited in Triton while the first one ran: there are two clients, and overlap pays."""
+    executor = rig.start()
+    run_us = 2_000
+    rig.device.on_run = lambda: time.sleep(run_us / 1e6)
+    rig.gate.at_hand = [permit(), permit()]
+    executor.submit([FakeRequest(1)])
+    second = FakeRequest(2)
+    executor.submit([second])  # the test's clock stands still
+    assert second.deferred
+    rig.gate.grant(4)
+    assert doubled(second)
+    rig.now_us += 10_000
+    third = FakeRequest(3)
+    executor.submit([third])
+    assert not third.deferred and doubled(third)
+
+
+def test_failures_are_kept_too(rig: Rig) -> None:
+    executor = rig.start()
+    rig.gate.at_hand = [permit()]
+    unlucky = FakeRequest(13)
+    executor.submit([unlucky])
+    assert isinstance(unlucky.error, RunError) and not unlucky.deferred
+    assert executor.stats.failed == 1
+
+
+def test_without_prefetch_submit_returns_once_all_is_settled(rig: Rig) -> None:
+    """Triton's rate limiter then counts what really runs."""
+    executor = rig.start(prefetch=0)
+    requests = [FakeRequest(number) for number in range(1, 9)]
+    returned = threading.Event()
+
+    def hand_over() -> None:
+        executor.submit(requests)
+        returned.set()
+
+    thread = threading.Thread(target=hand_over)
+    thread.start()
+    rig.gate.grant(4)
+    rig.gate.wait_done(1)
+    assert not returned.wait(0.05)
+    rig.gate.grant(4)
+    assert returned.wait(PATIENCE_S)
+    thread.join()
+    assert doubled(*requests)
+
+
+def test_the_next_batch_is_launched_behind_the_one_that_runs(rig: Rig) -> None:
+    """On a device that takes launches ahead: one behind the running one, not two."""
+    executor = rig.start(synchronous=False)
+    rig.device.hold.clear()
+    requests = [FakeRequest([number, number]) for number in range(1, 5)]
+    executor.submit(requests)
+    for _ in requests:
+        rig.gate.grant(2)
+    rig.device.wait_running()
+    give_up = time.monotonic() + PATIENCE_S
+    while len(rig.device.batches) < 2:
+        assert time.monotonic() < give_up, "the second batch was not launched"
+        time.sleep(0.002)
+    assert not rig.gate.finished
+    rig.device.hold.set()
+    assert doubled(*requests)
+    assert rig.device.most_launched == 2
+    assert [int(batch[0, 0]) for batch in rig.device.batches] == [1, 2, 3, 4]
+    assert rig.gate.wait_done(4) == [2, 2, 2, 2]
+
+
+def test_share_and_sm_groups_of_the_permit_reach_the_session(rig: Rig) -> None:
+    executor = rig.start()
+    rig.gate.at_hand = [permit()]
+    executor.submit([FakeRequest(1)])
+    assert rig.device.asked == [(40.0, 0b110)]
+
+
+def test_a_plan_changes_objective_and_what_happens_to_late_ones(rig: Rig) -> None:
+    executor = rig.start()
+    executor.on_plan(2, 10_000, True)
+    late = FakeRequest(1)
+    executor.submit([late])
+    assert executor.state() == (1, rig.now_us + 10_000)
+    rig.now_us += 20_000
+    rig.gate.grant(4)
+    assert isinstance(late.wait().error, RejectedError)
+    assert (executor.batch_size, executor.slo_us) == (2, 10_000)
+
+
+@pytest.mark.parametrize("synchronous", [True, False])
+def test_a_lost_device_fails_everything_and_ends_the_instance(rig: Rig, synchronous: bool) -> None:
+    """No answer is made up, none is left out, and the process is ended only then."""
+    ended = threading.Event()
+    executor = rig.start(synchronous, batch_size=1, on_lost=ended.set)
+    requests = [FakeRequest(99), *(FakeRequest(number) for number in range(1, 6))]
+    executor.submit(requests)
+    rig.gate.grant(1)
+    rig.gate.grant(1)
+    assert ended.wait(PATIENCE_S)
+    assert isinstance(requests[0].error, DeviceLostError)
+    assert all(request.settled.is_set() for request in requests)
+    assert all(isinstance(request.error, DeviceLostError) for request in requests[2:])
+    assert rig.gate.closed
+    refused = FakeRequest(1)
+    executor.submit([refused])
+    assert isinstance(refused.error, DeviceLostError)
+
+
+def test_every_stage_of_a_batch_is_timed(rig: Rig) -> None:
+    executor = rig.start()
+    requests = [FakeRequest(1), FakeRequest(2)]
+    executor.submit(requests)
+    rig.now_us += 700
+    rig.gate.grant(4)
+    assert doubled(*requests)
+    executor.close()
+    executor.stats.fold()
+    times = executor.stats.stages
+    assert {stage: times[stage].total for stage in STAGES} == dict.fromkeys(STAGES, 1)
+    assert times["latency"].total == 2 and times["latency"].sum_us == 1400
+    assert times["wait_grant"].sum_us == 700
+    assert (times["copy_in"].sum_us, times["copy_out"].sum_us) == (5, 7)
+
+
+@pytest.mark.parametrize("synchronous", [True, False])
+def test_many_clients_with_grants_of_all_sizes(rig: Rig, synchronous: bool) -> None:
+    """Every request is answered once, with its own rows, whoever makes and answers its batch."""
+    executor = rig.start(synchronous, prefetch=2)
+    rng = np.random.default_rng(1)
+    sent: list[FakeRequest] = []
+    stop = threading.Event()
+
+    def grant() -> None:
+        while not stop.is_set():
+            if executor.state()[0]:
+                rig.gate.grant(int(rng.integers(1, 6)))
+            time.sleep(0.0002)
+
+    granting = threading.Thread(target=grant)
+    granting.start()
+    for number in range(300):
+        if number % 7 == 0:
+            rig.gate.at_hand = [permit()]
+        requests = [FakeRequest(100 + rng.random(rng.integers(1, 8))) for _ in range(rng.integers(1, 4))]
+        sent += requests
+        executor.submit(requests)
+    assert doubled(*sent)
+    stop.set()
+    granting.join()
+    assert all(request.times_settled == 1 for request in sent)
+    assert executor.stats.requests == len(sent)
+    assert sum(rows for _, rows, _ in rig.gate.finished) == sum(len(request.x) for request in sent)

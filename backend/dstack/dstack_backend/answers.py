@@ -7,10 +7,12 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 
-from dstack_backend.batching import Item, Part, assemble, outputs_of
+from dstack_backend.batching import Batch, Item, Part, assemble, batch_of, outputs_of
 from dstack_backend.errors import CancelledError, RejectedError, RequestError, RunError, one_line
 from dstack_backend.pipeline import Job
 from dstack_backend.stats import Stats
+
+CANCEL_CHECK_AFTER_US = 5_000  # asking Triton costs a round trip; a request this young is rarely cancelled
 
 log = logging.getLogger("dstack")
 
@@ -55,6 +57,16 @@ class Answers:
             part.item.parts[part.start] = outputs_of(job.batch, part, job.outputs)
             if self._is_whole(part):
                 self.settle(part.item, None)
+
+    def without_dead(self, batch: Batch) -> Batch:
+        """The batch without parts whose clients gave up or whose earlier chunk failed."""
+        old_us = self._now_us() - CANCEL_CHECK_AFTER_US
+        for part in batch.parts:
+            item = part.item
+            if not item.settled and item.arrival_us <= old_us and item.request.is_cancelled():
+                self.settle(item, CancelledError("cancelled by the client"))
+        kept = [part for part in batch.parts if not part.item.settled]
+        return batch if len(kept) == len(batch.parts) else batch_of(kept)
 
     def _is_whole(self, part: Part) -> bool:
         """True for the chunk that completes its request."""

@@ -208,7 +208,7 @@ class Executor:
             return False
         if not self._prefetch:
             return True
-        run_us = self._expected_us(sum(item.rows for item in items))
+        run_us = self._expected_us(sum(item.rows for item in items), 0)
         if run_us <= SHORT_RUN_US:
             return True
         return run_us <= LONG_RUN_US and started_us - self._returned_us > ALONE_AFTER_US
@@ -222,9 +222,8 @@ class Executor:
     def on_grant(self, permit: Permit) -> None:
         with self._lock:
             self._permits.append(permit)
-            if permit.batch_size > self.batch_size:  # a live plan may grant more than the config says
-                self.batch_size = permit.batch_size
-                self._prefetch_rows = max(1.0, self._prefetch * permit.batch_size)
+            # A live plan may grant more than the config says.
+            self._prefetch_rows = max(1.0, self._prefetch * max(self.batch_size, permit.batch_size))
             (self._helpers_wake if self._launched else self._device_wakes).notify()
 
     def on_shed(self, deadline_before_us: int) -> None:
@@ -352,8 +351,8 @@ class Executor:
             if job.here and (self._launched or self._permits):
                 self._device_wakes.notify()
 
-    def _expected_us(self, rows: int) -> int:
-        return self._run_us.get(rows) or max(self._run_us.values(), default=FIRST_RUN_US)
+    def _expected_us(self, rows: int, unknown: int = FIRST_RUN_US) -> int:
+        return self._run_us.get(rows) or max(self._run_us.values(), default=unknown)
 
     # Helpers
 

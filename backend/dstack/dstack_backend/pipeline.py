@@ -42,6 +42,14 @@ class Job:
         self.launched_ns = self.ended_ns = 0
         self.unanswered = 0  # slices of its parts that helpers still answer
 
+    def made(self, now_us: int) -> None:
+        """Its batch is made: note how long the requests were on their way to it."""
+        assert self.batch is not None
+        items = [part.item for part in self.batch.parts]
+        count = len(items)
+        self.stage_us["hand_over"] = sum(item.queued_us - item.arrival_us for item in items) // count
+        self.stage_us["wait_grant"] = max(0, sum(now_us - item.queued_us for item in items) // count)
+
 
 class Pipeline:
     """What is done to a job. Errors of a step are kept in job.error: later steps are skipped, close() is not.
