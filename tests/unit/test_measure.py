@@ -12,6 +12,7 @@ import pytest
 
 from dstack_backend import measure
 from dstack_backend.measure import (
+    Flight,
     Loop,
     Worker,
     drift,
@@ -133,9 +134,25 @@ class FakeSession:
     def __init__(self) -> None:
         self.rows: list[int] = []
         self.fail = False
+        self.open = 0  # batches staged and not closed yet
+
+    def allocate(self, shape, dtype):
+        return np.empty(shape, dtype)
+
+    def stage(self, batch):
+        self.open += 1
+        return SimpleNamespace(batch=batch, close=self.closed)
+
+    def launch(self, staged, **share):
+        self.run(staged.batch, None, **share)
+        return SimpleNamespace(wait=lambda: None, outputs=list, close=self.closed)
+
+    def closed(self) -> None:
+        self.open -= 1
 
     def run(self, batch, outputs):
         if self.fail:
+            self.open -= 1  # a launch that fails uses its batch up
             raise RuntimeError("device lost\nat line 3")
         self.rows.append(batch["x"].shape[0])
 
@@ -161,7 +178,7 @@ def test_the_protocol_measures_and_ends_with_its_input() -> None:
     session = FakeSession()
     measured, used = talk(session, {"do": "measure", "batch_size": 3, "cap_s": 0.01}, {"do": "used"})
     assert measured["samples"] >= 1 and measured["latency_ms_p50"] > 0 and measured["memory_bytes"] == 123
-    assert set(session.rows) == {3}
+    assert set(session.rows) == {3} and not session.open
     assert used == {"device_used_bytes": 456}
     assert talk(FakeSession(), {"do": "exit"}, {"do": "used"}) == []
 
@@ -243,7 +260,7 @@ def test_every_failure_is_one_line_and_the_worker_goes_on() -> None:
 def test_a_loop_counts_from_its_mark(monkeypatch: pytest.MonkeyPatch) -> None:
     ticker = Ticker(0.01)
     monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=ticker.clock))
-    loop = Loop(ticker.run, 8)
+    loop = Loop(SimpleNamespace(run=ticker.run), 8)
     ticker.latencies_s = [0.5]
     loop.step()
     loop.mark()
@@ -258,11 +275,39 @@ def test_a_loop_counts_from_its_mark(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_loop_that_fails_says_so_when_asked() -> None:
     session = FakeSession()
-    loop = Loop(lambda: session.run({"x": np.zeros((1, 8))}, None), 1)
+    loop = Loop(Flight(session, {"x": np.zeros((1, 8))}, {}, ahead=1), 1)
     session.fail = True
     assert loop.step() is False
     with pytest.raises(RuntimeError, match="device lost"):
         loop.result()
+    loop.flight.close()
+    assert not session.open
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_a_flight_launches_as_far_ahead_as_told(ahead: int) -> None:
+    story: list[str] = []
+    session = FakeSession()
+    launch = session.launch
+
+    def told(staged, **share):
+        number = len(session.rows)
+        story.append(f"launch {number}")
+        running = launch(staged, **share)
+        running.wait = lambda: story.append(f"wait {number}")
+        return running
+
+    session.launch = told
+    flight = Flight(session, {"x": np.zeros((2, 8), np.float32)}, {}, ahead)
+    for _ in range(3):
+        flight.run()
+    assert story == (
+        ["launch 0", "wait 0", "launch 1", "wait 1", "launch 2", "wait 2"]
+        if not ahead
+        else ["launch 0", "launch 1", "wait 0", "launch 2", "wait 1"]
+    )
+    flight.close()
+    assert not session.open
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,10 @@ worker a GPU%. Worker and profiler exchange JSON, one object a line: commands on
     {"do": "used"}                                 <- {"device_used_bytes": ...}    of all processes
     {"do": "exit"}, or the end of stdin               ends
 
-measure and loop take "gpu_percent" and "sm_groups" too, for a worker that has levels (--levels).
+A latency is the time from launch to end, how long a batch holds the device when it is served: its inputs
+are there before, its outputs leave behind it. A loop launches each batch before the one ahead has ended, as
+under full load. measure and loop take "gpu_percent" and "sm_groups" too, for a worker that has levels
+(--levels).
 
 A failure is answered by {"error": "one line"}; one that makes the worker useless also ends it.
 """
@@ -28,6 +31,7 @@ import queue
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -63,7 +67,7 @@ def drift(samples_ms: Sequence[float]) -> float:
 
 
 def summary(samples_ms: Sequence[float]) -> dict[str, Any]:
-    """Median and 99th percentile of single-run latencies, in ms."""
+    """Median and 99th percentile of latencies in ms."""
     return {
         "latency_ms_p50": float(np.median(samples_ms)),
         "latency_ms_p99": float(np.percentile(samples_ms, 99, method="higher")),
@@ -99,7 +103,7 @@ def sample(
 
 
 class Worker:
-    """Holds one session and answers commands, all in one thread: ONNX Runtime keeps CUDA graphs by thread.
+    """Holds one session and answers commands.
 
     memory_bytes: what this process holds, asked after a run; device_used_bytes: what all processes hold.
     """
@@ -127,8 +131,12 @@ class Worker:
             return {"prepared": sorted(self._prepared)}
         if what == "measure":
             batch_size = int(command["batch_size"])
-            taken = sample(self._runner(batch_size, command), float(command.get("cap_s", 1.0)))
-            found = {**summary(taken), "memory_bytes": self._memory_bytes()}
+            flight = self._flight(batch_size, command)
+            try:
+                taken = sample(flight.run, float(command.get("cap_s", 1.0)))
+                found = {**summary(taken), "memory_bytes": self._memory_bytes()}
+            finally:
+                flight.close()
             self._forget(batch_size)
             return found
         if what == "used":
@@ -137,7 +145,7 @@ class Worker:
             if self._loop:
                 raise ValueError("already looping")
             batch_size = int(command["batch_size"])
-            self._loop = Loop(self._runner(batch_size, command), batch_size)
+            self._loop = Loop(self._flight(batch_size, command, ahead=1), batch_size)
             return {"looping": True}
         if what in ("mark", "stop"):
             if not self._loop:
@@ -146,6 +154,7 @@ class Worker:
                 self._loop.mark()
                 return {"marked": True}
             loop, self._loop = self._loop, None
+            loop.flight.close()
             self._forget(loop.batch_size)
             return loop.result()
         raise ValueError(f"unknown command {what!r}")
@@ -154,11 +163,11 @@ class Worker:
         """Run one batch if a loop is on. False: there is nothing to do until the next command."""
         return self._loop.step() if self._loop else False
 
-    def _runner(self, batch_size: int, command: Mapping[str, Any]) -> Callable[[], object]:
+    def _flight(self, batch_size: int, command: Mapping[str, Any], ahead: int = 0) -> Flight:
         batch = feeds(self._session.inputs, batch_size, self._shapes)
         self._session.warm_up([batch_size])  # as it is served: with a CUDA graph where the model allows one
         share = {key: command[key] for key in ("gpu_percent", "sm_groups") if key in command}
-        return lambda: self._session.run(batch, None, **share)
+        return Flight(self._session, batch, share, ahead)
 
     def _forget(self, batch_size: int) -> None:
         """A session keeps what it made for a batch size; those of all workers at once may be too much."""
@@ -166,12 +175,58 @@ class Worker:
             self._session.forget()
 
 
+class Flight:
+    """The same batch again and again, as it is served: its inputs lie where the session takes them fastest
+    and are staged while the batch before computes. ahead: batches launched before the one that is waited
+    for.
+    """
+
+    def __init__(
+        self, session: Any, batch: Mapping[str, Any], share: Mapping[str, Any], ahead: int = 0
+    ) -> None:
+        self._session, self._share, self._ahead = session, share, ahead
+        self._batch = {}
+        for name, array in batch.items():
+            self._batch[name] = session.allocate(array.shape, array.dtype)
+            self._batch[name][...] = array
+        self._launched: deque[Any] = deque()
+        self._computed: Any = None
+        self._staged = session.stage(self._batch)
+
+    def run(self) -> None:
+        """Launch one batch and wait for one; at the first call the same, then the one launched `ahead`
+        before.
+        """
+        staged, self._staged = self._staged, None
+        self._launched.append(self._session.launch(staged, **self._share))
+        self._staged = self._session.stage(self._batch)
+        self._take_outputs()
+        if len(self._launched) > self._ahead:
+            self._computed = self._launched.popleft()
+            self._computed.wait()
+
+    def _take_outputs(self) -> None:
+        computed, self._computed = self._computed, None
+        if computed is not None:
+            computed.outputs()
+            computed.close()
+
+    def close(self) -> None:
+        """What is under way ends first."""
+        for each in (self._staged, self._computed, *self._launched):
+            if each is not None:
+                each.close()
+        self._launched.clear()
+        self._staged = self._computed = None
+
+
 class Loop:
     """Runs back to back, for models measured side by side. A failure ends it and is reported by `result`."""
 
-    def __init__(self, run: Callable[[], object], batch_size: int) -> None:
-        run()
-        self._run, self.batch_size = run, batch_size
+    def __init__(self, flight: Flight, batch_size: int) -> None:
+        for _ in range(2):  # from the second on, each call waits for a batch
+            flight.run()
+        self.flight, self.batch_size = flight, batch_size
         self._ends_s = [time.perf_counter()]
         self._marked_s = 0.0
         self._failure: Exception | None = None
@@ -180,7 +235,7 @@ class Loop:
         """One run. False after a failure."""
         if self._failure is None:
             try:
-                self._run()
+                self.flight.run()
             except Exception as error:  # the asker gets it as the answer to "stop"
                 self._failure = error
             self._ends_s.append(time.perf_counter())
