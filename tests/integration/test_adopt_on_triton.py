@@ -7,9 +7,6 @@ plain onnxruntime.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -29,8 +26,8 @@ from dstack_sched.adapters.triton_client import TritonClient
 from dstack_sched.adapters.triton_process import TritonProcess, find_server
 from fakes import feature_models as made
 from fakes.adopt_corpus import CORPUS, SERVED, Feeds, build, model_file, snapshot
+from fakes.verbs import dstackctl, plan_document
 
-PATIENCE_S = 120
 LEFT_ALONE = ["pipeline", "caller", "accelerated"]
 
 
@@ -46,15 +43,6 @@ class Site:
 
     def dstackctl(self, *arguments: object) -> tuple[int, str, str]:
         return dstackctl(*arguments, "--url", self.server.grpc_url, "--state", self.state)
-
-
-def dstackctl(*arguments: object) -> tuple[int, str, str]:
-    done = subprocess.run(
-        [sys.executable, "-m", "dstack_sched", *map(str, arguments)],
-        capture_output=True, text=True, timeout=PATIENCE_S,
-        env={**os.environ, SOCKET_VARIABLE: "/nonexistent/none.sock"},
-    )  # fmt: skip
-    return done.returncode, done.stdout, done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +134,7 @@ def test_a_model_that_does_not_load_takes_all_back(site: Site, tmp_path: Path) -
 def test_reverted_after_a_plan_was_applied_every_file_is_as_at_first(site: Site) -> None:
     """The last test on this site. Models that Triton did not serve before their adoption are unloaded."""
     plan = site.state / "plan.json"
-    plan.write_text(json.dumps(plan_for("minimal", "bare")))
+    plan.write_text(json.dumps(plan_document(minimal=50, bare=50)))
     status, _, err = site.dstackctl("apply", "--plan", plan, "--repo", site.root)
     assert status == 0, err
     assert "gpu_percent" in (site.root / "bare" / "config.pbtxt").read_text()
@@ -192,17 +180,6 @@ def wait_until_ready(server: TritonProcess, model: str) -> None:
         while not client.is_model_ready(model):
             assert time.monotonic() < until_s, "Triton did not take the adopted config by itself"
             time.sleep(0.2)
-
-
-def plan_for(*models: str) -> dict[str, Any]:
-    row = {
-        "gpu": -1, "gpu_percent": 50, "batch_size": 2, "max_queue_delay_us": 500, "latency_ms": 1.0,
-        "throughput_per_s": 100.0, "efficacy": 1.0, "knee_percent": 50.0, "utilization": 0.1, "slo_ms": 100.0,
-    }  # fmt: skip
-    return {
-        "version": 1, "capacity_percent": 100.0, "gpus": ["test"], "models": dict.fromkeys(models, row),
-        "feasible": True, "binding": [], "headroom": 2.0,
-    }  # fmt: skip
 
 
 def seen_by_the_graph(name: str, feeds: Feeds) -> Feeds:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +20,8 @@ from dstack_sched.adapters.triton_process import TritonProcess, find_server
 from dstack_sched.domain.model_config import ConfigChange
 from dstack_sched.errors import MachineError, ServerError
 from fakes import feature_models as made
+from fakes.verbs import dstackctl, plan_document
 
-PATIENCE_S = 120
 KEY = "triton-grpc-protocol-admin-key"
 PROTOCOLS = "health,metadata,inference,model-repository,model-config,statistics"
 SHARE = 'parameters { key: "gpu_percent" value { string_value: "%s" } }\n'
@@ -55,15 +52,6 @@ class Guarded:
         )  # fmt: skip
 
 
-def dstackctl(*arguments: object) -> tuple[int, str, str]:
-    done = subprocess.run(
-        [sys.executable, "-m", "dstack_sched", *map(str, arguments)],
-        capture_output=True, text=True, timeout=PATIENCE_S,
-        env={**os.environ, SOCKET_VARIABLE: "/nonexistent/none.sock"},
-    )  # fmt: skip
-    return done.returncode, done.stdout, done.stderr
-
-
 def build(root: Path, *names: str) -> Path:
     for number, name in enumerate(names):
         made.save(made.plus(number), root / name / "1" / "model.onnx")
@@ -72,20 +60,8 @@ def build(root: Path, *names: str) -> Path:
 
 
 def plan_file(folder: Path, **shares: float) -> Path:
-    rows = {
-        name: {
-            "gpu": -1, "gpu_percent": share, "batch_size": 4, "max_queue_delay_us": 500, "latency_ms": 1.0,
-            "throughput_per_s": 100.0, "efficacy": 1.0, "knee_percent": 50.0, "utilization": 0.1,
-            "slo_ms": 100.0,
-        }
-        for name, share in shares.items()
-    }  # fmt: skip
-    body = {
-        "version": 1, "capacity_percent": 100.0, "gpus": ["test"], "models": rows, "feasible": True,
-        "binding": [], "headroom": 2.0,
-    }  # fmt: skip
     path = folder / "plan.json"
-    path.write_text(json.dumps(body))
+    path.write_text(json.dumps(plan_document(**shares)))
     return path
 
 

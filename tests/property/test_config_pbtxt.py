@@ -9,6 +9,7 @@ from tritonclient.grpc import model_config_pb2
 
 from dstack_sched.adapters import pbtxt
 from dstack_sched.adapters.config_pbtxt import ConfigPbtxt, edit_config, read_config
+from dstack_sched.adapters.pushed_repository import change_message
 from dstack_sched.domain.model_config import ConfigChange
 from dstack_sched.errors import InputError
 from fakes.config_texts import changes, protobuf, relaxed, written_configs
@@ -77,6 +78,16 @@ def test_an_edit_changes_what_it_says_and_nothing_else(written, change):
     ):
         halves = text.count("# two halves")  # a comment inside a concatenated string goes with the string
         assert len(_comments(edited)) >= len(_comments(text)) - halves, "a comment was lost"
+
+
+@relaxed
+@given(written_configs(), changes)
+def test_a_pushed_config_gets_the_same_change_as_a_written_one(written, change):
+    """Guards against two editors that mean different things: of texts, and of messages for the load call."""
+    text, config = written
+    change_message(config, change)
+    edited = protobuf(edit_config(text, change, "c"))
+    assert config == edited
 
 
 @relaxed

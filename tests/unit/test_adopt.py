@@ -38,25 +38,35 @@ class World:
         self.before = snapshot(self.root)
 
     def edits(self, *, served: bool = True) -> ConfigEdits:
-        """As a new process gets them: with what an earlier one left put right."""
+        """As a new process gets them (cli/deployment.locked_edits): what an earlier one left is put right."""
         server = self.server if served else None
         self.repository.sweep()
         edits = ConfigEdits(self.repository, server, self.journal, self.server, FakeClock())
         edits.recover()
-        self.repository.drop_unneeded_originals()
+        self.tidy(edits)
         return edits
+
+    def tidy(self, edits: ConfigEdits) -> None:
+        if not edits.unfinished():
+            self.repository.drop_unneeded_originals()
 
     def adopt(self, *, served: bool = True, load: bool = True) -> tuple[Verdict, ...]:
         edits = self.edits(served=served)
         verdicts = self.adoption.judge(self.names)
         states = self.server.models() if served else None
-        self.adoption.adopt(verdicts, edits, states, load=served and load)
+        try:
+            self.adoption.adopt(verdicts, edits, states, load=served and load)
+        except DstackError:
+            self.tidy(edits)
+            raise
         return verdicts
 
     def revert(self, *, served: bool = True, force: bool = False) -> list[Done]:
         edits = self.edits(served=served)
         verdicts = self.adoption.judge_back(self.repository.adopted(), force=force)
-        return self.adoption.revert(verdicts, edits, self.server.models() if served else None)
+        done = self.adoption.revert(verdicts, edits, self.server.models() if served else None)
+        self.tidy(edits)
+        return done
 
     def texts(self) -> dict[str, str | None]:
         return {name: self.repository.read_config(name) for name in self.names}
@@ -223,6 +233,7 @@ def test_one_model_is_reverted_and_the_others_stay_adopted(world: World) -> None
     world.adopt()
     edits = world.edits()
     world.adoption.revert(world.adoption.judge_back(["bare"]), edits, None)
+    world.tidy(edits)
     assert world.repository.adopted() == ("minimal", "named_file")
     assert not (world.root / "bare" / "config.pbtxt").exists()
     assert [each.decision for each in world.adoption.judge_back(["bare"])] == ["already"]
@@ -247,6 +258,7 @@ def test_originals_travel_with_the_repository(world: World, tmp_path: Path) -> N
     journal.folder.mkdir(parents=True)
     edits = ConfigEdits(disk, None, journal, world.server, FakeClock())
     adoption.revert(adoption.judge_back(disk.adopted()), edits, None)
+    disk.drop_unneeded_originals()
     assert snapshot(moved) == world.before
 
 
@@ -333,6 +345,32 @@ def test_a_full_disk_leaves_all_as_it_was(world: World, monkeypatch: pytest.Monk
         patched.setattr(originals, "replace_file", full)
         with pytest.raises(DstackError, match=r"dstack-adopted.json: cannot be written .*free some space"):
             world.adopt()
+    assert snapshot(world.root) == world.before
+
+
+def test_a_disk_that_fills_up_on_the_way_back_loses_no_original(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards records of configs that are the original again, while the journal may still adopt them."""
+    world.server.fails = lambda model, parameters: "no" if model == "named_file" else ""
+    real = repository.replace_file
+    writes = 0
+
+    def fills_up(path: Path, folder: Path, data: bytes) -> None:
+        nonlocal writes
+        writes += 1
+        if writes == 5:  # bare, minimal and named_file adopted, named_file back; then minimal
+            raise OSError(28, "No space left on device")
+        real(path, folder, data)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(repository, "replace_file", fills_up)
+        with pytest.raises(PlanRefusedError, match=r"minimal is not as before yet"):
+            world.adopt()
+    world.server.fails = lambda model, parameters: ""
+    world.edits()
+    assert {world.repository.config(name).backend for name in FEW} == {"dstack"}, "the next start finished it"
+    world.revert()
     assert snapshot(world.root) == world.before
 
 

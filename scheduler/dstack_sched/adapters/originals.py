@@ -2,7 +2,8 @@
 
 In the repository, so that they travel with it and any dstackctl can revert; a file in its root, because
 Triton takes a directory there for a model, and any file in a model's directory for a change of that model
-(decisions/0080). A record stays as long as the config differs from the original.
+(decisions/0080). A record is there before its config is touched, and goes once the config is the original
+again and no edit of it is unfinished; in between it means something only while the two differ.
 
 {"version": 1, "models": {NAME: {"original": TEXT | null, "was_loaded": true | false | null,
                                  "ours": [sha256 of a config that dstackctl wrote, ...], "edited": bool}}}
@@ -65,12 +66,12 @@ class Originals:
         record["ours"] = [*([before] if known else []), _sha256(new_text)][-TEXTS_KNOWN:]
         self._write(records)
 
-    def drop_where_back(self, model: str, text: str | None) -> None:
-        """Drop the record of a model whose config, `text`, is the original again."""
+    def drop_where_back(self, texts: Mapping[str, str | None]) -> None:
+        """Drop the records of models whose config, as given here, is the original again."""
         records = self._read()
-        if model in records and records[model]["original"] == text:
-            del records[model]
-            self._write(records)
+        back = {model for model, text in texts.items() if records[model]["original"] == text}
+        if back:
+            self._write({model: record for model, record in records.items() if model not in back})
 
     def _read(self) -> dict[str, dict[str, Any]]:
         try:

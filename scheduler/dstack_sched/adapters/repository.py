@@ -84,8 +84,7 @@ class DiskRepository:
     def write_config(self, model: str, text: str | None) -> None:
         """Replace the file by one made beside the model's directory and flushed before the rename.
 
-        Of an adopted model it is noted first that the text is ours, and afterwards, where it is the original,
-        that the model is adopted no more.
+        Of an adopted model it is noted first that the text is ours.
         """
         path = self.config_path(model)
         self.check_writable(model)
@@ -98,7 +97,6 @@ class DiskRepository:
                 replace_file(path, self._temporary_dir(path.parent), text.encode("utf-8", "surrogateescape"))
         except OSError as error:
             raise failed(path, "cannot be written, the file is as it was", error) from error
-        self._originals.drop_where_back(model, text)
 
     # -- originals of adopted models (originals.py) -----------------------------------------------------
 
@@ -116,9 +114,8 @@ class DiskRepository:
 
     def drop_unneeded_originals(self) -> None:
         """Those of models whose config is the original. Not while an edit of one is unfinished."""
-        for model in self.adopted():
-            if (self.root / model).is_dir():
-                self._originals.drop_where_back(model, self.read_config(model))
+        present = [model for model in self.adopted() if (self.root / model).is_dir()]
+        self._originals.drop_where_back({model: self.read_config(model) for model in present})
 
     # -- time stamps, leftovers -------------------------------------------------------------------------
 

@@ -60,6 +60,8 @@ class Adoption:
         Raises InputError with all as it was before.
         """
         wanted = [verdict for verdict in verdicts if verdict.decision == "adopt"]
+        if not wanted:
+            return []
         loaded = {
             verdict.model: states.get(verdict.model) == "READY" if states is not None else None
             for verdict in wanted
@@ -81,11 +83,7 @@ class Adoption:
             )
             for verdict in wanted
         ]
-        try:
-            return edits.put_in_force(steps, "its adoption")
-        except InputError:  # all is as before; after a crash the journal still needs them
-            self._repository.drop_unneeded_originals()
-            raise
+        return edits.put_in_force(steps, "its adoption")
 
     # -- revert -----------------------------------------------------------------------------------------
 

@@ -93,6 +93,10 @@ class ConfigEdits:
         self._journal.end()
         return done
 
+    def unfinished(self) -> bool:
+        """Whether the journal holds edits that the next start has to finish or undo."""
+        return bool(self._journal.pending())
+
     def blind_reason(self) -> str:
         """Why old stub processes cannot be seen, where they cannot."""
         return self._stubs.blind_reason()

@@ -15,7 +15,7 @@ from dstack_sched.adapters.triton_connection import ConnectionOptions
 from dstack_sched.app.adopt import Adoption
 from dstack_sched.app.edits import Done
 from dstack_sched.cli import app
-from dstack_sched.cli.attached import Attached, attached
+from dstack_sched.cli.attached import Attached, at_work
 from dstack_sched.cli.common import (
     JsonOption,
     StateOption,
@@ -25,7 +25,6 @@ from dstack_sched.cli.common import (
     say,
     state_dir,
 )
-from dstack_sched.cli.deployment import locked_edits
 from dstack_sched.domain.adoption import Verdict
 from dstack_sched.errors import InfeasibleError, InputError, PlanRefusedError
 
@@ -75,10 +74,7 @@ def adopt(
         show(repo, verdicts, (), "", json_output, planned=True)
         refuse_named(verdicts, model)
         return
-    with (
-        attached(connection, repo) as site,
-        locked_edits(repository, site.server, state_dir(state)) as edits,
-    ):
+    with at_work(connection, repository, state_dir(state)) as (site, edits):
         verdicts = adoption.judge(names, without_accelerators=without_accelerators)
         refuse_named(verdicts, model)
         site.check_serves((each.model for each in verdicts if each.changes), repo)

@@ -7,10 +7,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from dstack_sched.adapters.repository import DiskRepository
 from dstack_sched.adapters.stub_processes import LocalStubProcesses
 from dstack_sched.adapters.triton_client import TritonClient
 from dstack_sched.adapters.triton_connection import ConnectionOptions
+from dstack_sched.app.edits import ConfigEdits
 from dstack_sched.cli.common import DEFAULT_GRPC_URL, say
+from dstack_sched.cli.deployment import locked_edits
 from dstack_sched.errors import InputError
 
 
@@ -55,6 +58,18 @@ def attached(connection: ConnectionOptions | None, repository: Path) -> Iterator
             yield Attached(server, server.models(), "")
         else:
             yield Attached(None, None, _advice(connection.url))
+
+
+@contextmanager
+def at_work(
+    connection: ConnectionOptions | None, repository: DiskRepository, state: Path
+) -> Iterator[tuple[Attached, ConfigEdits]]:
+    """The same with the lock on the repository, and nothing half done behind it."""
+    with (
+        attached(connection, repository.root) as site,
+        locked_edits(repository, site.server, state) as edits,
+    ):
+        yield site, edits
 
 
 def serves(url: str, repository: Path) -> bool:

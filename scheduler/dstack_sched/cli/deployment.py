@@ -142,8 +142,11 @@ def locked_edits(repository: Repository, server: TritonClient | None, state: Pat
         edits = ConfigEdits(repository, server, journal, stubs, SystemClock(), say_progress)
         for line in edits.recover():
             say(line)
-        repository.drop_unneeded_originals()
-        yield edits
+        try:
+            yield edits
+        finally:
+            if not edits.unfinished():  # else the next start may adopt a model after all
+                repository.drop_unneeded_originals()
 
 
 def say_progress(line: str) -> None:

@@ -20,9 +20,8 @@ from dstack_sched.cli.adopt import (
     chosen,
     show,
 )
-from dstack_sched.cli.attached import attached
+from dstack_sched.cli.attached import at_work
 from dstack_sched.cli.common import JsonOption, StateOption, connects, say, state_dir
-from dstack_sched.cli.deployment import locked_edits
 from dstack_sched.domain.adoption import Verdict
 from dstack_sched.errors import InfeasibleError
 
@@ -58,10 +57,7 @@ def revert(
     if diff:
         show(repo, adoption.judge_back(names, force=True), (), "", json_output, planned=True)
         return
-    with (
-        attached(connection, repo) as site,
-        locked_edits(repository, site.server, state_dir(state)) as edits,
-    ):
+    with at_work(connection, repository, state_dir(state)) as (site, edits):
         verdicts = adoption.judge_back(names, force=force)
         refuse_edited(verdicts, repo)
         site.check_serves((each.model for each in verdicts if each.changes), repo)
