@@ -1,81 +1,261 @@
-"""The real MPS daemon, and `dstackctl serve` with it, on a GPU host."""
+"""The real MPS daemon: what it tells, what it bounds, and `dstackctl serve` when it or a client dies."""
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
 import sys
-import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
-import numpy as np
-import psutil
 import pytest
-import tritonclient.grpc as triton
 
 from dstack_sched.adapters.machine_checks import run_checks
-from dstack_sched.adapters.mps import PIPE_VARIABLE, MpsDaemon
-from fakes.feature_models import plus, save
+from dstack_sched.adapters.mps import MpsDaemon
+from dstack_sched.adapters.mps_console import PIPE_VARIABLE, MpsConsole
+from dstack_sched.adapters.mps_percent import granularity, measure_percentages
+from dstack_sched.adapters.nvml import NvmlInventory
+from dstack_sched.domain.mps import clients_by_gpu
+from fakes.gpu_site import GpuSite, mps_processes, note, private_runtime
+from fakes.load import Load, all_grow, wait_until
+
+CLIENT = Path(__file__).parents[1] / "fakes" / "cuda_client.py"
+OUT_OF_MEMORY = 2
+RECOVERS_WITHIN_S = 60.0
 
 
 @pytest.fixture
 def environ() -> Iterator[dict[str, str]]:
-    """An environment in which no other daemon is found, with a runtime directory short enough for sockets."""
-    with tempfile.TemporaryDirectory(prefix="dstack-gpu-", dir="/tmp") as runtime:
-        yield {**os.environ, "XDG_RUNTIME_DIR": runtime, PIPE_VARIABLE: f"{runtime}/nobody"}
+    """An environment in which no other daemon is found."""
+    with private_runtime() as private:
+        yield {**os.environ, **private}
 
 
-def mps_processes() -> set[int]:
-    return {
-        each.pid for each in psutil.process_iter(["name"]) if "nvidia-cuda-mps" in (each.info["name"] or "")
-    }
+@pytest.fixture
+def daemon(environ: dict[str, str], folder_of_logs: Path) -> Iterator[MpsDaemon]:
+    daemon = MpsDaemon(folder_of_logs / "mps.log", environ)
+    yield daemon
+    daemon.stop()
 
 
-def test_own_daemon_starts_answers_and_leaves_nothing(environ: dict[str, str], tmp_path: Path) -> None:
-    before = mps_processes()
-    daemon = MpsDaemon(tmp_path / "mps.log", environ)
+class Client:
+    """A process of fakes/cuda_client.py."""
+
+    def __init__(self, environment: dict[str, str], *command: object) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, str(CLIENT), *map(str, command)], env=environment, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+
+    def line(self) -> str:
+        said = pipe(self.process.stdout).readline().strip()
+        assert said, f"the client ended: {pipe(self.process.stderr).read()}"
+        return said
+
+    def say(self) -> None:
+        pipe(self.process.stdin).write("go\n")
+        pipe(self.process.stdin).flush()
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+def pipe(stream: IO[str] | None) -> IO[str]:
+    assert stream is not None
+    return stream
+
+
+# -- the daemon ---------------------------------------------------------------------------------------------
+
+
+def test_own_daemon_starts_answers_and_leaves_nothing(
+    daemon: MpsDaemon, environ: dict[str, str], tmp_path: Path
+) -> None:
+    before = set(mps_processes())
     environment = daemon.start()
-    try:
-        assert daemon.owned and daemon.running()
-        assert MpsDaemon(tmp_path / "mps.log", environ).start()[PIPE_VARIABLE] == environment[PIPE_VARIABLE]
-        assert mps_processes() > before
-    finally:
-        daemon.stop()
-    assert mps_processes() == before
+    assert daemon.owned and daemon.running() and daemon.servers() == ()
+    assert MpsDaemon(tmp_path / "mps.log", environ).start()[PIPE_VARIABLE] == environment[PIPE_VARIABLE]
+    assert set(mps_processes()) > before
+    daemon.stop()
+    assert set(mps_processes()) == before
     assert not Path(environment[PIPE_VARIABLE]).exists()
 
 
-def test_serve_brings_mps_and_takes_it_away(environ: dict[str, str], tmp_path: Path) -> None:
-    before = mps_processes()
-    save(plus(1.0), tmp_path / "repository" / "one" / "1" / "model.onnx")
-    (tmp_path / "repository" / "one" / "config.pbtxt").write_text('backend: "dstack"\n')
-    ports = ["--http-port", "0", "--grpc-port", "0", "--metrics-port", "0"]
-    command = [sys.executable, "-m", "dstack_sched", "serve"]
-    serve = subprocess.Popen(
-        [*command, str(tmp_path / "repository"), *ports, "--json", "--state", str(tmp_path / "state")],
-        stdout=subprocess.PIPE, text=True, env=environ,
-    )  # fmt: skip
+def test_the_daemon_tells_its_server_and_its_clients(daemon: MpsDaemon, environ: dict[str, str]) -> None:
+    environment = {**environ, **daemon.start()}
+    client = Client(environment, 0, "hold")
     try:
-        assert serve.stdout is not None
-        with serve.stdout:
-            lines = []
-            while not lines or lines[-1] != "}\n":
-                lines.append(serve.stdout.readline())
-                assert lines[-1], "serve ended"
-        assert mps_processes() > before
-        x = triton.InferInput("x", [1, 4], "FP32")
-        x.set_data_from_numpy(np.zeros((1, 4), np.float32))
-        with triton.InferenceServerClient(json.loads("".join(lines))["urls"]["grpc"]) as client:
-            assert list(client.infer("one", [x], client_timeout=30).as_numpy("y")[0]) == [1.0] * 4
-        serve.send_signal(signal.SIGINT)
-        assert serve.wait(60) == 0
+        assert client.line() == "ready"
+        console = MpsConsole(Path(environment[PIPE_VARIABLE]), environ)
+        words = ("get_server_list", "ps", "get_default_active_thread_percentage")
+        raw = {word: console.ask(word) for word in words}
+        servers = daemon.servers()
+        for server in servers or ():
+            for word in ("get_server_status", "get_client_list"):
+                raw[f"{word} {server.pid}"] = console.ask(f"{word} {server.pid}")
+        note("mps_console", raw=raw, servers=servers, processes=mps_processes())
+        assert servers is not None and len(servers) == 1, raw
+        assert servers[0].status == "ACTIVE", raw
+        assert client.process.pid in {each.pid for each in servers[0].clients}, raw
+        uuids = tuple(gpu.uuid for gpu in NvmlInventory().read())
+        assert client.process.pid in clients_by_gpu(servers, uuids)[0], raw
+        if len(uuids) > 1 and servers[0].clients[0].device:
+            assert client.process.pid not in clients_by_gpu(servers, uuids)[1], raw
+        assert console.default_percent() == 100.0, raw
     finally:
-        serve.kill()
-        serve.wait()
-    assert mps_processes() == before
+        client.end()
+
+
+def test_percentages_give_what_they_say(daemon: MpsDaemon, environ: dict[str, str]) -> None:
+    environment = {**environ, **daemon.start()}
+    table = measure_percentages(environment, 0)
+    note("mps_percentages", table={f"{p:g}": sms for p, sms in table.items()}, step=granularity(table))
+    ordered = [table[p] for p in sorted(table)]
+    assert ordered == sorted(ordered) and ordered[0] >= 1
+    step = granularity(table)
+    assert step is not None
+    for percent, sms in table.items():
+        assert abs(sms - percent / 100 * table[100]) <= 2 * step, table
+
+
+def test_a_client_cannot_take_more_memory_than_its_limit(daemon: MpsDaemon, environ: dict[str, str]) -> None:
+    environment = {**environ, **daemon.start()}
+    outcome = {}
+    for limit_mib, wanted_mib in (("2048", 256), ("2048", 4096), ("", 4096)):
+        client = Client({**environment, "LIMIT_MIB": limit_mib}, 0, "allocate", wanted_mib)
+        outcome[limit_mib, wanted_mib] = int(client.line())
+        client.end()
+    note("mps_memory_limit", outcome={f"limit {a or 'none'}, asked {b}": s for (a, b), s in outcome.items()})
+    assert outcome["2048", 256] == 0
+    assert outcome["2048", 4096] == OUT_OF_MEMORY
+    assert outcome["", 4096] == 0, "without a limit there is room"
+
+
+# -- serve --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[GpuSite]:
+    """Two models on GPU 0 under `dstackctl serve`."""
+    with private_runtime() as private:
+        site = GpuSite(tmp_path, ("one", "two"), private, gpus="gpus: [ 0 ]")
+        try:
+            site.start_serve()
+            yield site
+        finally:
+            site.stop()
+
+
+def heal(site: GpuSite, load: Load, name: str, killed_s: float) -> None:
+    """Both models answer again, and nobody was answered wrongly; figures are kept."""
+    wait_until("both models answer again", all_grow(load.counts, by=20), RECOVERS_WITHIN_S)
+    recovered_s = time.monotonic() - killed_s
+    failed = load.failed()
+    note(
+        name,
+        recovered_s=recovered_s,
+        failed=len(failed),
+        answered=load.total(),
+        reasons=sorted(set(failed))[:20],
+    )
+    assert not [why for why in failed if "wrong answer" in why], failed[:5]
+
+
+def test_serve_brings_mps_and_takes_it_away(tmp_path: Path) -> None:
+    before = set(mps_processes())
+    with private_runtime() as private:
+        site = GpuSite(tmp_path, ("one",), private, gpus="gpus: [ 0 ]")
+        try:
+            site.start_serve()
+            assert set(mps_processes()) > before
+            with Load(site.url, site.models) as load:
+                load.wait_for(20)
+            assert not load.failed()
+            pids = {client.pid for server in console(site).servers() or () for client in server.clients}
+            assert set(site.stubs()) <= pids, "the models' processes are clients of the daemon"
+        finally:
+            site.stop()
+    assert set(mps_processes()) == before
+
+
+def console(site: GpuSite) -> MpsConsole:
+    return MpsConsole(Path(site.env["XDG_RUNTIME_DIR"]) / "dstack" / "mps", os.environ)
+
+
+def test_a_killed_daemon_under_load_is_healed_and_nobody_gets_a_wrong_answer(site: GpuSite) -> None:
+    with Load(site.url, site.models) as load:
+        load.wait_for(50)
+        before = site.stubs()
+        killed_s = time.monotonic()
+        site.daemon().send_signal(signal.SIGKILL)
+        wait_until(
+            "the old processes have ended", lambda: not set(before) & set(site.stubs()), RECOVERS_WITHIN_S
+        )
+        heal(site, load, "mps_daemon_killed", killed_s)
+    assert set(site.stubs()) <= {c.pid for s in console(site).servers() or () for c in s.clients}
+
+
+def test_idle_models_notice_a_dead_daemon_before_a_request_comes(site: GpuSite) -> None:
+    with Load(site.url, site.models) as load:
+        load.wait_for(20)
+    before = site.stubs()
+    killed_s = time.monotonic()
+    site.daemon().send_signal(signal.SIGKILL)
+    both = set(site.models)
+    wait_until(
+        "both models have new processes",
+        lambda: not set(before) & set(site.stubs()) and set(site.stubs().values()) == both,
+        RECOVERS_WITHIN_S,
+    )
+    note("mps_daemon_killed_idle", recovered_s=time.monotonic() - killed_s)
+    wait_until("MPS takes them", lambda: len(site.stubs()) == 2 and console(site).answers(), 15.0)
+    time.sleep(2.0)
+    with Load(site.url, site.models) as load:
+        load.wait_for(50)
+    assert not load.failed()
+
+
+def test_a_client_that_crashes_on_the_gpu_takes_nobody_down_for_good(site: GpuSite) -> None:
+    """A fatal error of one MPS client breaks the contexts of all on its GPU: they come back."""
+    rogue = Client({**os.environ, PIPE_VARIABLE: str(console(site).pipe_dir)}, 0, "crash")
+    try:
+        with Load(site.url, site.models) as load:
+            load.wait_for(50)
+            assert rogue.line() == "ready"
+            killed_s = time.monotonic()
+            rogue.say()
+            status = int(rogue.line())
+            assert status, "the bad kernel did no harm"
+            rogue.end()
+            time.sleep(1.0)
+            heal(site, load, "mps_client_crashed", killed_s)
+            note("mps_client_crashed", status=status)
+    finally:
+        rogue.end()
+
+
+def test_a_model_over_its_memory_limit_does_not_load_and_says_so(site: GpuSite) -> None:
+    """64 MiB do not hold a CUDA context; the old version serves on."""
+    from dstack_sched.adapters.triton_client import TritonClient
+    from dstack_sched.errors import ServerError
+
+    config = site.repository / "one" / "config.pbtxt"
+    good = config.read_text()
+    limit = 'parameters { key: "process_memory_limit_mb" value { string_value: "64" } }\n'
+    with TritonClient(site.url) as client, Load(site.url, site.models) as load:
+        load.wait_for(20)
+        config.write_text(good + limit)
+        with pytest.raises(ServerError) as error:
+            client.load("one")
+        note("mps_memory_limit", refused=str(error.value))
+        config.write_text(good + limit.replace('"64"', '"4096"'))
+        client.load("one")
+        load.wait_for(load.total() + 50)
+        assert not [why for why in load.failed() if "wrong answer" in why]
 
 
 def test_doctor_sees_the_gpu_mps_and_the_cuda_provider() -> None:
