@@ -23,6 +23,7 @@ OWNER_FILE = "dstack-owner"  # in our own pipe directory: who started the daemon
 BY_HAND = "dstackctl mps start"
 START_TIMEOUT_S = 15.0
 QUIT_TIMEOUT_S = 10.0
+WAIT_FOR_DAEMON_S = 15.0
 
 
 def mps_available(environ: Mapping[str, str] = os.environ) -> bool:
@@ -70,6 +71,7 @@ class MpsDaemon:
         self.log_path = log_path
         self._environ = dict(environ)
         self._process: KeptProcess | None = None
+        self._down_since: float | None = None
         self._console = MpsConsole(usual_directories(environ)[0], environ)
 
     @property
@@ -132,6 +134,15 @@ class MpsDaemon:
         """Why our daemon is down; None while it runs, or where it is not ours."""
         status = self._process.poll() if self._process is not None else None
         return None if status is None else f"ended with status {status}"
+
+    def starting_again(self) -> bool:
+        """Whether our daemon went down a moment ago: a CUDA process that starts now would have no share for
+        life. One that stays down is not waited for. From any thread."""
+        if self.failure() is None:
+            self._down_since = None
+            return False
+        self._down_since = self._down_since or time.monotonic()
+        return time.monotonic() - self._down_since < WAIT_FOR_DAEMON_S
 
     def stop(self) -> None:
         """Stop our daemon, if it is ours: asked first, so that its server process ends in order."""

@@ -6,6 +6,7 @@ import logging
 import threading
 from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from dstack_sched.adapters.clock import SystemClock
@@ -22,6 +23,7 @@ from dstack_sched.app.mps_guard import MpsGuard
 from dstack_sched.app.revive import Reviver
 from dstack_sched.app.telemetry import HealthTelemetry
 from dstack_sched.cli.common import say
+from dstack_sched.errors import MachineError
 from dstack_sched.ports import ModelRepository
 
 log = logging.getLogger("dstack.serve")
@@ -72,15 +74,22 @@ def make_health(
     repository: ModelRepository,
     telemetry: HealthTelemetry,
     settings: HealthSettings | None = None,
+    not_now: Callable[[], bool] = lambda: False,
 ) -> Health:
-    """Mends at most LOADS_AT_ONCE things at a time, and never while configs are being rewritten."""
+    """Mends at most LOADS_AT_ONCE things at a time, never while configs are being rewritten or `not_now`."""
+
+    def alone() -> AbstractContextManager[object]:
+        if not_now():
+            raise MachineError("what processes need to start is being started again")
+        return FileEditJournal(state, repository.root).lock
+
     return Health(
         guards,
         SystemClock(),
         FileDecisionLog(state, say),
         telemetry,
         settings=settings,
-        alone=lambda: FileEditJournal(state, repository.root).lock,
+        alone=alone,
         each=some_at_once,
     )
 

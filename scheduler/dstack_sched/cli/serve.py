@@ -121,7 +121,7 @@ def looked_after(
     """Models whose processes die, or that a restarted Triton has not loaded, come back by themselves."""
     repository = DiskRepository(host.options.repository)
     guards = [*host_guards(local_view(server.url, state), server.url), *model_guards(server, repository)]
-    health = make_health(guards, state, repository, telemetry)
+    health = make_health(guards, state, repository, telemetry, not_now=host.mps.starting_again)
 
     def check() -> None:
         health.check()
