@@ -116,6 +116,17 @@ def halves() -> onnx.ModelProto:
     )
 
 
+def fixed() -> onnx.ModelProto:
+    """Fixed shapes: "y" [2, 5] is A times "x" [2, 16], and "top", a scalar, the largest of it."""
+    a = np.random.default_rng(4).standard_normal((16, 5)).astype(np.float32)
+    nodes = [
+        helper.make_node("MatMul", ["x", "a"], ["y"]),
+        helper.make_node("ReduceMax", ["y"], ["top"], keepdims=0),
+    ]
+    outputs = [value("y", FLOAT, [2, 5]), value("top", FLOAT, [])]
+    return model(nodes, [value("x", FLOAT, [2, 16])], outputs, {"a": a})
+
+
 def scalar() -> onnx.ModelProto:
     """A scalar in, a scalar out."""
     return model([helper.make_node("Neg", ["x"], ["y"])], [value("x", FLOAT, [])], [value("y", FLOAT, [])])

@@ -318,6 +318,44 @@ def test_a_model_whose_bound_runs_are_wrong_runs_plainly(rig: Rig, monkeypatch: 
     rig.cuda.assert_nothing_left()
 
 
+def test_a_model_of_fixed_shapes_has_one_program(tmp_path: Path) -> None:
+    made.save(made.fixed(), tmp_path / "m.onnx")
+    rig = Rig(tmp_path / "m.onnx", tmp_path / "cache")
+    session = rig.load(levels=(25.0,))
+    assert session.graphs == 1 and session.levels == (25.0, 50.0)
+    batches = [rig.rows(2) for _ in range(3)]
+    there = device_array(rig.cuda, batches[2])
+    staged = [session.stage({"x": x}) for x in (batches[0], [batches[1]], there)]
+    running = [session.launch(each, ["y", "top"], device_outputs=["y"]) for each in staged]
+    for index in (1, 2, 0):
+        running[index].wait()
+        rig.check(running[index].outputs(), batches[index])
+        (y,) = running[index].device_outputs()
+        rig.check([read(rig.cuda, y)], batches[index], ["y"])
+        running[index].close()
+    assert rig.cuda.log.count("launch") == 3
+    with pytest.raises(RunError, match=r"input 'x' is float32 \[1, 3, 16\]; the model takes"):
+        session.stage({"x": rig.rows(3)})
+    with pytest.raises(RunError, match="came in parts"):
+        session.stage({"x": [rig.rows(1), rig.rows(1)]})
+    rig.cuda.free(there.pointer)
+    session.close()
+    rig.cuda.assert_nothing_left()
+
+
+def test_programs_that_are_not_captured_run_behind_one_another(rig: Rig) -> None:
+    """Each has a stream of its own; slots grow meanwhile, and their events go."""
+    session = rig.load(cuda_graphs=False, sizes=[1])
+    x = rig.rows(1)
+    rig.check(session.run({"x": x}), x)
+    session.warm_up([4, 8])
+    for rows in (4, 1, 8, 1):
+        x = rig.rows(rows)
+        rig.check(session.run({"x": x}), x)
+    session.close()
+    rig.cuda.assert_nothing_left()
+
+
 @pytest.mark.parametrize(
     ("proto", "feeds"),
     [
@@ -326,7 +364,6 @@ def test_a_model_whose_bound_runs_are_wrong_runs_plainly(rig: Rig, monkeypatch: 
         (made.with_default, {"x": np.ones((3, 4), np.float32)}),
         (made.text, {"x": np.array([["a", "b"]], np.object_)}),
         (made.without_batch, {"x": np.eye(4, dtype=np.float32)}),
-        (made.scalar, {"x": np.array(2.0, np.float32)}),
         (made.halves, {"x": np.ones((4, 2), np.float32)}),
     ],
 )

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dstack_backend.cuda_programs import Program
-from dstack_backend.cuda_sessions import Sessions, agree, is_bound, samples
+from dstack_backend.cuda_sessions import Sessions, agree, form_of, samples
 from dstack_backend.errors import DeviceError, DeviceLostError, ModelError, one_line
 from dstack_backend.onnx_file import operators
 from dstack_backend.optimized import key_of
@@ -102,12 +102,12 @@ class _Candidate:
 
     def _prepare(self) -> None:
         self.sessions.share(self._stream)
-        self.inputs, outputs = specs_of(self.sessions.open(self._stream), self.sessions.path)
-        if not is_bound(self.inputs, outputs):
-            raise ModelError("its inputs have other dynamic dimensions than the batch")
-        self._program = Program(
-            self.sessions, self._cuda, self.inputs, outputs, ROWS, self._stream, graphs=True
-        )
+        form = form_of(*specs_of(self.sessions.open(self._stream), self.sessions.path))
+        if form is None:
+            raise ModelError("it has other dynamic dimensions than the batch")
+        rows = 1 if form.whole else ROWS
+        self._feeds = samples(form.inputs, rows, seed=rows)
+        self._program = Program(self.sessions, self._cuda, form, rows, self._stream, graphs=True)
         self._program.capture()
         self._events = self._cuda.event(), self._cuda.event()
 
@@ -124,7 +124,7 @@ class _Candidate:
 
     def answer(self) -> list[Any]:
         assert self._program is not None
-        return self._program.answer(samples(self.inputs, ROWS, seed=ROWS))
+        return self._program.answer(self._feeds)
 
     def __exit__(self, *_: object) -> None:
         if self._program is not None:

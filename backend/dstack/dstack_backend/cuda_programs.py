@@ -10,16 +10,16 @@ is launched (decision 0060), so a session launches all of them on one compute st
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import onnxruntime as ort
 
 from dstack_backend.cuda_pace import Pace
-from dstack_backend.cuda_sessions import Sessions
+from dstack_backend.cuda_sessions import Form, Sessions
 from dstack_backend.cuda_slots import Rows, Slot
 from dstack_backend.errors import ModelError
-from dstack_backend.tensors import Array, TensorSpec
+from dstack_backend.tensors import Array
 
 WARM_UPS = 2  # ONNX Runtime allocates in its first run, and plans its memory anew in the second
 
@@ -32,8 +32,7 @@ class Program:
         self,
         sessions: Sessions,
         cuda: Any,
-        inputs: Sequence[TensorSpec],
-        outputs: Sequence[TensorSpec],
+        form: Form,
         size: int,
         stream: int,
         *,
@@ -47,21 +46,21 @@ class Program:
         self._outputs: dict[str, Rows] = {}
         self._session = self._binding = None
         try:
-            self._inputs.update((spec.name, Rows(cuda, spec, size)) for spec in inputs)
-            self._outputs.update((spec.name, Rows(cuda, spec, size)) for spec in outputs)
+            self._inputs.update((spec.name, Rows(cuda, spec, size)) for spec in form.inputs)
+            self._outputs.update((spec.name, Rows(cuda, spec, size)) for spec in form.outputs)
             self._session = sessions.open(stream, graphs=graphs)
-            self._binding = self._bind(self._session, sessions.device_name, sessions.device_id)
+            self._binding = self._bind(self._session, sessions.device_name, sessions.device_id, form.whole)
         except BaseException:
             self.close()
             raise
         self._options = run_options()
 
-    def _bind(self, session: Any, device_name: str, device_id: int) -> Any:
+    def _bind(self, session: Any, device_name: str, device_id: int, whole: bool) -> Any:
         binding = session.io_binding()
-        for name, rows in self._inputs.items():
-            binding.bind_input(name, device_name, device_id, rows.dtype, rows.shape, rows.device)
-        for name, rows in self._outputs.items():
-            binding.bind_output(name, device_name, device_id, rows.dtype, rows.shape, rows.device)
+        for bind, tensors in ((binding.bind_input, self._inputs), (binding.bind_output, self._outputs)):
+            for name, rows in tensors.items():
+                shape = rows.row_shape if whole else rows.shape
+                bind(name, device_name, device_id, rows.dtype, shape, rows.device)
         return binding
 
     @property
@@ -104,7 +103,7 @@ class Program:
         self._executable = self._cuda.instantiate(graph)
 
     def answer(self, feeds: Mapping[str, Array]) -> list[Array]:
-        """Its outputs for a full batch, in graph order, by itself: for trials."""
+        """Its outputs for a full batch, in graph order, with the rows first, by itself: for trials."""
         for name, rows in self._inputs.items():
             self._cuda.upload(rows.device, feeds[name].ctypes.data, feeds[name].nbytes)
         for rows in self._outputs.values():  # what was there before must not pass for an answer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -141,8 +141,8 @@ class Sessions:
         )
         original = self._open(self.path, options, stream, graphs=False)
         inputs, outputs = specs_of(original, self.path)
-        if not is_bound(inputs, outputs):
-            raise ModelError("its inputs have other dynamic dimensions than the batch")
+        if form_of(inputs, outputs) is None:
+            raise ModelError("it has other dynamic dimensions than the batch")
         weights = SharedWeights(path, self._memory, (self.device_type, self.device_id))
         try:
             shared = self._open_shared(path, weights, stream, graphs=False)
@@ -184,20 +184,29 @@ class Sessions:
         return found
 
 
-def is_bound(inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> bool:
-    """Whether all tensors have fixed sizes but for the batch: they can lie in buffers that never move."""
-    return bool(inputs) and all(_batch_only(spec) for spec in (*inputs, *outputs))
+@dataclass(frozen=True, slots=True)
+class Form:
+    """How a model's tensors lie in buffers that never move: the first dimension of each spec counts rows.
+
+    whole: the model has fixed shapes; each of its tensors is one row, and the first dimension is ours alone.
+    """
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    whole: bool = False
 
 
-def _batch_only(spec: TensorSpec) -> bool:
-    shape = spec.shape
-    return (
-        bool(shape)
-        and shape[0] is None
-        and all(dim is not None for dim in shape[1:])
-        and spec.numpy_dtype.kind != "O"
-        and not spec.optional
-    )
+def form_of(inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> Form | None:
+    """The form of a model whose shapes are fixed, or fixed but for the batch; None for others."""
+    specs = (*inputs, *outputs)
+    if not inputs or any(spec.numpy_dtype.kind == "O" or spec.optional for spec in specs):
+        return None
+    if all(spec.shape and spec.shape[0] is None and None not in spec.shape[1:] for spec in specs):
+        return Form(tuple(inputs), tuple(outputs))
+    if all(None not in spec.shape for spec in specs):
+        lifted = [replace(spec, dims=(None, *spec.dims)) for spec in specs]
+        return Form(tuple(lifted[: len(inputs)]), tuple(lifted[len(inputs) :]), whole=True)
+    return None
 
 
 def samples(inputs: Sequence[TensorSpec], rows: int, seed: int) -> dict[str, Array]:
@@ -205,12 +214,17 @@ def samples(inputs: Sequence[TensorSpec], rows: int, seed: int) -> dict[str, Arr
     rng = np.random.default_rng(seed)
     feeds: dict[str, Array] = {}
     for spec in inputs:
-        shape = (rows, *(int(dim) for dim in spec.shape[1:] if dim is not None))
+        shape = shape_of(spec, rows)
         if spec.numpy_dtype.kind == "f":
-            feeds[spec.name] = rng.random(shape, dtype=np.float64).astype(spec.numpy_dtype)
+            feeds[spec.name] = np.asarray(rng.random(shape, dtype=np.float64)).astype(spec.numpy_dtype)
         else:
-            feeds[spec.name] = rng.integers(0, 2, shape).astype(spec.numpy_dtype)
+            feeds[spec.name] = np.asarray(rng.integers(0, 2, shape)).astype(spec.numpy_dtype)
     return feeds
+
+
+def shape_of(spec: TensorSpec, rows: int) -> tuple[int, ...]:
+    """The shape of a tensor in a batch of so many rows."""
+    return tuple(rows if dim is None else dim for dim in spec.shape)
 
 
 def agree(one: Array, other: Array) -> bool:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -179,6 +180,15 @@ class Slots:
 def parts_of(feed: Feed) -> Sequence[Array | DeviceArray]:
     """A feed as the arrays whose rows follow one another."""
     return (feed,) if isinstance(feed, np.ndarray | DeviceArray) else feed
+
+
+def lifted(feed: Feed) -> Feed:
+    """A tensor as one row."""
+    parts = parts_of(feed)
+    if len(parts) != 1:
+        raise RunError("a tensor of fixed shape came in parts")
+    (part,) = parts
+    return replace(part, shape=(1, *part.shape)) if isinstance(part, DeviceArray) else part[None]
 
 
 def rows_of(feeds: Mapping[str, Feed]) -> int:

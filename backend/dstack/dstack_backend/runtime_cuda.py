@@ -28,9 +28,9 @@ from dstack_backend.cuda_levels import Levels
 from dstack_backend.cuda_pace import Finish
 from dstack_backend.cuda_plain import PlainBatch, PlainPath
 from dstack_backend.cuda_programs import Program
-from dstack_backend.cuda_sessions import CudaOptions, Sessions, is_bound, samples
+from dstack_backend.cuda_sessions import CudaOptions, Form, Sessions, form_of, samples, shape_of
 from dstack_backend.cuda_shelf import Shelf
-from dstack_backend.cuda_slots import Slot, Slots, rows_of
+from dstack_backend.cuda_slots import Slot, Slots, lifted, rows_of
 from dstack_backend.errors import BackendError, DeviceError, DeviceLostError, RunError, one_line
 from dstack_backend.optimized import Cache
 from dstack_backend.runtime import specs_of
@@ -86,7 +86,7 @@ class CudaSession(TwoPhases):
         options = sessions.options
         self._cuda, self._sessions, self._gpu_percent = cuda, sessions, gpu_percent
         self._pinned: dict[int, Array] = {}  # by address: the memory that allocate() has given out
-        self._last: tuple[int, CudaBatch] | None = None  # the last launch and its stream
+        self._last: tuple[int, Finish] | None = None  # of the last launch: its stream, and when it will end
         free_before = cuda.memory_info()[0]
         self._groups = (groups or sm_groups(cuda)) if options.levels else None
         group_count = len(self._groups.sms) if self._groups else 0
@@ -102,7 +102,10 @@ class CudaSession(TwoPhases):
             self._release()
             raise
         self._names = [spec.name for spec in self.outputs]
-        self._slots = Slots(cuda, self.inputs, self.outputs)
+        form = form_of(self.inputs, self.outputs)
+        self._form = form or Form((), ())
+        self._slots = Slots(cuda, self._form.inputs, self._form.outputs)
+        self._turn = cuda.event()  # the last launch is done
         self._shelf = Shelf(
             cuda,
             self._program,
@@ -113,7 +116,7 @@ class CudaSession(TwoPhases):
             limit_bytes=options.memory_limit_bytes,
             name=str(sessions.path),
         )
-        self._shelf.bound = is_bound(self.inputs, self.outputs) and self._keeps_rows()
+        self._shelf.bound = form is not None and self._keeps_rows()
         self._loaded_bytes = max(0, free_before - cuda.memory_info()[0])
         self._shelf.used_bytes = sessions.shared_bytes
 
@@ -140,8 +143,9 @@ class CudaSession(TwoPhases):
     # Preparing
 
     def warm_up(self, batch_sizes: Sequence[int]) -> None:
-        """Make the programs of these batch sizes, at every level. Raises DeviceLostError."""
-        sizes = sorted({size for size in batch_sizes if size > 0})
+        """Make the programs of these batch sizes, at every level; of fixed shapes there is but one. Raises
+        DeviceLostError."""
+        sizes = sorted({1 if self._form.whole else size for size in batch_sizes if size > 0})
         self._shelf.prepare([(mask, size) for mask in self._levels.homes for size in sizes])
         self._slots.capacity = max([self._slots.capacity, *self._shelf.sizes])
 
@@ -156,23 +160,23 @@ class CudaSession(TwoPhases):
         """
         try:
             answers = self._plain.run(samples(self.inputs, ODD_ROWS, seed=ODD_ROWS), self._names, trial=True)
-        except RunError:
-            raise
         except Exception as error:
             self._cuda.check()
             log.info("%s: no run of random inputs, so no programs: %s", self._sessions.path, one_line(error))
             return False
         return all(
-            answer.shape == (ODD_ROWS, *spec.shape[1:])
+            answer.shape == shape_of(spec, ODD_ROWS)
             for answer, spec in zip(answers, self.outputs, strict=True)
         )
 
     def _program(self, size: int, stream: int, graphs: bool) -> Program:
-        return Program(self._sessions, self._cuda, self.inputs, self.outputs, size, stream, graphs=graphs)
+        return Program(self._sessions, self._cuda, self._form, size, stream, graphs=graphs)
 
     def _trial(self, size: int) -> tuple[Mapping[str, Array], list[Array]]:
+        """Feeds and right answers for a program of this size, with the rows first."""
         feeds = samples(self.inputs, size, seed=size)
-        return feeds, self._plain.run(feeds, self._names, trial=True)
+        answers = self._plain.run(feeds, self._names, trial=True)
+        return feeds, [answer[None] for answer in answers] if self._form.whole else answers
 
     def allocate(self, shape: tuple[int, ...], dtype: Any) -> Array:
         """As Session.allocate: page-locked where inputs are copied to memory of ours."""
@@ -187,10 +191,13 @@ class CudaSession(TwoPhases):
     def stage(self, feeds: Mapping[str, Feed]) -> Staged:
         """As Session.stage."""
         with as_run_errors(self._cuda):
-            rows = rows_of(feeds)
+            whole = self._form.whole
+            rows = 1 if whole else rows_of(feeds)
             if not self._takes(feeds, rows):
                 return PlainBatch(self._plain.to_host(feeds), rows, self._gpu_percent)
             self._cuda.use()
+            if whole:
+                feeds = {name: lifted(feed) for name, feed in feeds.items()}
             slot = self._slots.lease(rows)
             try:
                 slot.enter(feeds, self._pinned, self._copy_in)
@@ -198,7 +205,7 @@ class CudaSession(TwoPhases):
                 self._cuda.wait(self._copy_in)
                 self._slots.give_back(slot)
                 raise
-            return CudaBatch(self._slots, self._cuda, self._sessions.device_id, slot, rows)
+            return CudaBatch(self._slots, self._cuda, self._sessions.device_id, slot, rows, whole=whole)
 
     def _takes(self, feeds: Mapping[str, Feed], rows: int) -> bool:
         """Whether there is a program for it. One that is larger than all is wished for: the plan has
@@ -240,17 +247,19 @@ class CudaSession(TwoPhases):
         cuda, slot = self._cuda, batch.slot
         stream = self._compute if program.captured else program.stream
         cuda.hold(stream, slot.event["arrived"])
-        ahead = self._last[1] if self._last else None
-        if self._last and self._last[0] != stream:
-            cuda.hold(stream, self._last[1].slot.event["computed"])
+        last_stream, ahead = self._last or (stream, None)
+        if stream != last_stream:
+            cuda.hold(stream, self._turn)
         cuda.record(slot.event["started"], stream)
         program.run(slot, batch.rows, dict.fromkeys((*names, *left)), stream)
         cuda.record(slot.event["computed"], stream)
+        cuda.record(self._turn, stream)
         slot.leave(names, batch.rows, self._copy_out)
-        batch.launched(names, left, program.pace.behind(ahead.finish if ahead else None))
+        finish = program.pace.behind(ahead)
+        batch.launched(names, left, finish)
         batch.gpu_percent = self._levels.percent(mask) if mask else self._gpu_percent
         batch.sm_groups = mask
-        self._last = stream, batch
+        self._last = stream, finish
 
     def _run_plain(self, batch: PlainBatch, names: Sequence[str], left: Sequence[str]) -> PlainBatch:
         with as_run_errors(self._cuda):
@@ -266,14 +275,13 @@ class CudaSession(TwoPhases):
         """Give the device memory back, once nothing is under way."""
         if not self._streams:
             return
-        with contextlib.suppress(
-            DeviceLostError
-        ):  # nothing is under way there, and all of it is gone already
+        with contextlib.suppress(DeviceLostError):  # nothing is under way there, all of it is gone already
             self._cuda.use()
             for stream in self._streams:
                 self._cuda.wait(stream)
             self._shelf.close()
             self._slots.close()
+            self._cuda.destroy_event(self._turn)
             for array in self._pinned.values():
                 self._cuda.free_pinned(array)
         self._pinned.clear()
@@ -294,8 +302,8 @@ class CudaSession(TwoPhases):
 class CudaBatch:
     """Staged and Running of a CudaSession: a slot on its way."""
 
-    def __init__(self, slots: Slots, cuda: Any, device_id: int, slot: Slot, rows: int):
-        self.slot, self.rows = slot, rows
+    def __init__(self, slots: Slots, cuda: Any, device_id: int, slot: Slot, rows: int, *, whole: bool):
+        self.slot, self.rows, self._whole = slot, rows, whole
         self.gpu_percent, self.sm_groups = 0.0, 0
         self._slots, self._cuda, self._device_id = slots, cuda, device_id
         self._names: tuple[str, ...] = ()
@@ -329,13 +337,15 @@ class CudaBatch:
             if self.finish is not None:
                 self.finish.reached()
                 self.finish.pace.learn(self._times_us["run"])
-        return [self.slot.outputs[name].host()[: self.rows] for name in self._names]
+        hosts = [self.slot.outputs[name].host() for name in self._names]
+        return [host[0] if self._whole else host[: self.rows] for host in hosts]
 
     def device_outputs(self) -> list[DeviceArray]:
         found = [self.slot.outputs[name] for name in self._left]
+        rows = () if self._whole else (self.rows,)
         return [
-            DeviceArray(rows.device, (self.rows, *rows.row_shape), rows.dtype, self._device_id, self)
-            for rows in found
+            DeviceArray(each.device, (*rows, *each.row_shape), each.dtype, self._device_id, self)
+            for each in found
         ]
 
     def close(self) -> None:

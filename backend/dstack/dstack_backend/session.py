@@ -20,7 +20,7 @@ from dstack_backend.tensors import Array, DeviceArray, Feed, TensorSpec
 class Staged(Protocol):
     """A batch on the device (or on its way there), waiting for launch()."""
 
-    rows: int  # 0: the model has no batch dimension
+    rows: int  # 1: of fixed shape; 0: without any dimension
 
     def close(self) -> None:
         """Give it up without a launch."""
