@@ -1,7 +1,6 @@
 """A model repository as deployments have them: configs as Triton's documentation has them, ONNX models.
 
-`CORPUS` says for each model how it is made and what `dstackctl adopt` must make of it. Models that Triton
-can serve once they are adopted have `requests`: what a client sends, without the model's knowledge.
+`CORPUS` says for each model how it is made and what `dstackctl adopt` must make of it.
 """
 
 from __future__ import annotations
@@ -24,7 +23,8 @@ Feeds = Mapping[str, np.ndarray]
 class Case:
     """config None: no config.pbtxt. why: a part of the reason it is left alone; "" where it is adopted.
 
-    outputs: shape that a client sees -> for models with a reshape. served: loaded and asked in the test.
+    requests: what a client sends, for all that this machine's Triton can serve. served: also in the default
+    run of the tests.
     """
 
     config: str | bytes | None
@@ -42,6 +42,12 @@ class Case:
 rng = np.random.default_rng(7)
 ROWS = {"x": rng.standard_normal((3, 16)).astype(np.float32)}
 FOUR = {"x": rng.standard_normal((2, 4)).astype(np.float32)}
+
+
+def _three(dtype: object) -> np.ndarray:
+    values = ["a", "b", "c"] if dtype is np.object_ else [0, 1, 1]
+    return np.array([values], dtype)
+
 
 MINIMAL = """\
 platform: "onnxruntime_onnx"
@@ -235,14 +241,15 @@ CORPUS: dict[str, Case] = {
     # -- adopted
     "minimal": Case(MINIMAL, made.dense, requests=ROWS, served=True),
     "bare": Case(None, lambda: made.dense(seed=2), requests=ROWS, served=True),
-    "empty": Case("", made.every_type),
+    "empty": Case(
+        "", made.every_type, requests={f"in_{kind}": _three(dtype) for kind, (_, dtype) in made.TYPES.items()}
+    ),
     "scheduled": Case(SCHEDULED, lambda: made.dense(seed=3), requests=ROWS, served=True),
     "warmed": Case(WARMED.replace("\n", "\r\n"), lambda: made.dense(seed=4), requests=ROWS, served=True),
     "tuned": Case(
         TUNED,
         made.lookup,
         requests={"index": np.array([[1], [7]], np.int64)},
-        served=True,
         note="parameter execution_mode is onnxruntime's",
     ),
     "on_gpu": Case(ON_GPU, made.dense, note="conv_algo_search EXHAUSTIVE says what"),
@@ -255,16 +262,17 @@ CORPUS: dict[str, Case] = {
         served=True,
         extra={"labels.txt": b"cat\ndog\nowl\nfox\n"},
     ),
-    "odd": Case(ODD, lambda: made.dense(seed=5), requests=ROWS),
+    "odd": Case(ODD, lambda: made.dense(seed=5)),
     "latin": Case(
-        b"# M\xfcller & S\xf6hne, Stra\xdfe 1\n" + ONNX.encode() + b"max_batch_size: 4", made.dense
+        b"# M\xfcller & S\xf6hne, Stra\xdfe 1\n" + ONNX.encode() + b"max_batch_size: 4",
+        made.dense,
+        requests=ROWS,
     ),
     "named_file": Case(
         ONNX + 'default_model_filename: "net.onnx"\n',
         lambda: made.plus(5),
         file="net.onnx",
         requests=FOUR,
-        served=True,
     ),
     "folder": Case(
         ONNX, lambda: made.dense(seed=6), file="model.onnx/model.onnx", requests=ROWS, served=True
@@ -276,10 +284,9 @@ CORPUS: dict[str, Case] = {
         ONNX + "max_batch_size: 0\n",
         made.without_batch,
         requests={"x": np.eye(3, dtype=np.float32)},
-        served=True,
     ),
-    "scalar": Case(ONNX, made.scalar),
-    "defaults": Case(ONNX, made.with_default),
+    "scalar": Case(ONNX, made.scalar, requests={"x": np.array([4.0], np.float32)}),
+    "defaults": Case(ONNX, made.with_default, requests=FOUR),
     "ragged_rows": Case(ONNX + "max_batch_size: 4\n", made.dynamic, requests=FOUR, served=True),
     "checked_file": Case(AGENT % "1/model.onnx", made.dense, note="repository agent 'checksum' goes on"),
     "variants": Case(ONNX, made.dense, extra={"configs/h100.pbtxt": b""}, note="configs/ holds h100.pbtxt"),
@@ -289,7 +296,14 @@ CORPUS: dict[str, Case] = {
         requests={"bytes": rng.integers(0, 256, (2, 2048)).astype(np.int32)},
         served=True,
     ),
-    "silero_vad": Case(None, sample="silero_vad"),
+    "silero_vad": Case(
+        None,
+        sample="silero_vad",
+        requests={
+            "input": rng.standard_normal((1, 576)).astype(np.float32),
+            "state": np.zeros((2, 1, 128), np.float32),
+        },
+    ),
     # -- left alone
     "pipeline": Case(ENSEMBLE, None, "an ensemble: it stays"),
     "caller": Case(
@@ -339,6 +353,7 @@ CORPUS: dict[str, Case] = {
     "other_name": Case(ONNX + 'name: "elsewhere"\n', made.dense, "its config names it 'elsewhere'"),
 }
 ADOPTED = [name for name, case in CORPUS.items() if not case.why]
+SERVABLE = [name for name, case in CORPUS.items() if case.requests]
 SERVED = [name for name, case in CORPUS.items() if case.served]
 
 

@@ -49,7 +49,7 @@ def attached(connection: ConnectionOptions | None, repository: Path) -> Iterator
         say(f"Triton at {DEFAULT_GRPC_URL} serves {repository}")
     if connection is None:
         yield Attached(
-            None, None, f"no Triton was told: load the models in yours, or `dstackctl serve {repository}`"
+            None, None, "no Triton was told: load the models there, or start it, to put the configs in force"
         )
         return
     with TritonClient(connection) as server:

@@ -62,8 +62,9 @@ def revert(
         refuse_edited(verdicts, repo)
         site.check_serves((each.model for each in verdicts if each.changes), repo)
         done = adoption.revert(verdicts, edits, site.states)
-    show(repo, verdicts, done, site.advice, json_output)
-    if not verdicts and not json_output:
+    if verdicts or json_output:
+        show(repo, verdicts, done, site.advice, json_output)
+    else:
         say(f"{repo}: no model of it is adopted")
     if any(each.error for each in done):
         raise typer.Exit(1)
