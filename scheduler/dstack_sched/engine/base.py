@@ -232,11 +232,13 @@ class EngineBase(Books):
 
     def snapshot(self) -> dict[str, Any]:
         """See Engine.snapshot."""
+        standing = sum(i.standing.percent for i in self.instances.values() if i.standing)
         return {
             "policy": self.policy,
             "now_us": self.now_us,
             "capacity_percent": self.capacity,
-            "granted_percent": self.granted,
+            "granted_percent": self.granted - standing if self.running else 0.0,
+            "standing_percent": standing,
             "models": {
                 name: {
                     "slo_us": model.slo_us,

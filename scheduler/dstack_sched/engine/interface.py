@@ -23,6 +23,7 @@ class Engine(Protocol):
 
     def snapshot(self) -> dict[str, Any]:
         """The state for people and tools: {"policy", "now_us", "capacity_percent", "granted_percent",
+        "standing_percent" (held by standing grants, under which nothing runs),
         "models": {NAME: {...}}, "instances": {NAME: {...}}}, plain JSON types only."""
         ...
 
