@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
-from dstack_sched.domain.decision import Grant, Overload, Shed
-from dstack_sched.domain.event import BackendJoined, BackendLeft, BatchFinished, PlanChanged, WorkQueued
+from dstack_sched.domain.decision import Grant, Overload, Revoke, SetTimer, Shed
+from dstack_sched.domain.event import (
+    BackendJoined,
+    BackendLeft,
+    BatchFinished,
+    BatchStarted,
+    PlanChanged,
+    TimerFired,
+    WorkQueued,
+)
 from dstack_sched.domain.workload import OnLate
+from dstack_sched.engine.books import REVOKE_WITHIN_US
 from dstack_sched.engine.dstack import DStackEngine, Rules
 from dstack_sched.engine.registry import make_engine
 from dstack_sched.policy.interference import Interference
@@ -95,3 +104,143 @@ def test_run_times_are_learned_without_a_profile() -> None:
     engine.handle(WorkQueued("m", 8, now + 100_000), now)
     predicted = engine.snapshot()["instances"]["m"]["predicted_end_us"] - now
     assert 4_500 <= predicted <= 5_500
+
+
+# ---- standing grants ------------------------------------------------------------------------------------
+
+
+def serve(engine: DStackEngine, name: str, now: int, rows: int = 1, run_us: int = 1_000) -> list:
+    """A request comes, runs, and the queue is empty: the decisions after it."""
+    granted = [d for d in engine.handle(WorkQueued(name, rows, now + 20_000), now) if isinstance(d, Grant)]
+    (grant,) = [d for d in granted if d.instance == name and not d.standing]
+    answer = engine.handle(BatchFinished(name, grant.grant_id, rows, run_us, 0, 0), now + run_us)
+    engine.check_invariants()
+    return answer
+
+
+def standing(decisions: list) -> list[Grant]:
+    return [d for d in decisions if isinstance(d, Grant) and d.standing]
+
+
+def test_who_runs_out_of_work_on_an_idle_gpu_gets_a_standing_grant() -> None:
+    engine = DStackEngine()
+    engine.handle(joined("m", 60.0), 0)
+    (grant,) = standing(serve(engine, "m", 1_000))
+    assert (grant.instance, grant.gpu_percent) == ("m", 60.0)
+    assert engine.snapshot()["granted_percent"] == 0 and engine.snapshot()["standing_percent"] == 60.0
+    engine.handle(BatchStarted("m", grant.grant_id, 2, 0, 0), 9_000)
+    engine.check_invariants()
+    state = engine.snapshot()
+    assert state["granted_percent"] == 60.0 and state["instances"]["m"]["grant_id"] == grant.grant_id
+    again = engine.handle(BatchFinished("m", grant.grant_id, 2, 900, 0, 0), 10_000)
+    assert len(standing(again)) == 1
+
+
+def test_a_short_run_that_told_its_end_alone_counts_as_run() -> None:
+    engine = DStackEngine()
+    engine.handle(joined("m", 60.0), 0)
+    (grant,) = standing(serve(engine, "m", 1_000))
+    before = engine.snapshot()["models"]["m"]["served_percent_us"]
+    again = engine.handle(BatchFinished("m", grant.grant_id, 1, 400, 0, 0), 5_000)
+    engine.check_invariants()
+    assert engine.snapshot()["models"]["m"]["served_percent_us"] - before == 60 * 400
+    assert len(standing(again)) == 1
+
+
+def test_a_standing_grant_takes_no_place_from_those_active_lately() -> None:
+    """Two models that take turns on a GPU that holds one at a time: a standing grant of one would cost the
+    other a revocation each time."""
+    engine = DStackEngine()
+    for name in ("a", "b"):
+        engine.handle(joined(name, 60.0), 0)
+    assert standing(serve(engine, "a", 1_000))  # b has never shown
+    revoked = engine.handle(WorkQueued("b", 1, 25_000), 5_000)
+    assert [type(d) for d in revoked if not isinstance(d, SetTimer)] == [Revoke]
+    grant_id = revoked[0].grant_id
+    granted = engine.handle(BatchFinished("a", grant_id, 0, 0, 0, 0), 5_100)
+    assert grants(granted) == [("b", granted[0].batch_size)]
+    assert not standing(engine.handle(BatchFinished("b", granted[0].grant_id, 1, 1_000, 0, 0), 6_000))
+    assert standing(serve(engine, "b", 200_000)), "a has been away for long"
+
+
+def test_side_by_side_all_may_hold_one() -> None:
+    engine = DStackEngine()
+    engine.handle(PlanChanged(200.0, ()), 0)
+    for name in ("a", "b"):
+        engine.handle(joined(name, 60.0), 0)
+    assert len(standing(serve(engine, "a", 1_000))) == 1
+    assert len(standing(serve(engine, "b", 3_000))) == 1
+    assert engine.snapshot()["standing_percent"] == 120.0
+
+
+def test_a_revoked_grant_that_has_begun_runs_on() -> None:
+    engine = DStackEngine()
+    for name in ("a", "b"):
+        engine.handle(joined(name, 60.0), 0)
+    (grant,) = standing(serve(engine, "a", 1_000))
+    engine.handle(WorkQueued("b", 1, 25_000), 5_000)
+    assert grants(engine.handle(BatchStarted("a", grant.grant_id, 1, 0, 0), 5_050)) == []
+    engine.check_invariants()
+    assert [n for n, _ in grants(engine.handle(BatchFinished("a", grant.grant_id, 1, 900, 0, 0), 6_000))] == [
+        "b"
+    ]
+
+
+def test_who_does_not_give_a_revoked_grant_back_is_passed_over() -> None:
+    """A stopped process must not hold the GPU."""
+    engine = DStackEngine()
+    for name in ("a", "b"):
+        engine.handle(joined(name, 60.0), 0)
+    (grant,) = standing(serve(engine, "a", 1_000))
+    engine.handle(WorkQueued("b", 1, 125_000), 5_000)
+    due_us = 5_000 + REVOKE_WITHIN_US
+    after = engine.handle(TimerFired(), due_us)
+    assert [name for name, _ in grants(after)] == ["b"]
+    assert any(isinstance(d, Overload) and d.model == "a" for d in after)
+    engine.check_invariants()
+    engine.handle(BatchFinished("a", grant.grant_id, 0, 0, 1, 130_000), due_us + 10)  # it lives after all
+    engine.check_invariants()
+
+
+def test_work_that_crossed_a_standing_grant_is_served() -> None:
+    engine = DStackEngine()
+    engine.handle(joined("m", 60.0), 0)
+    (grant,) = standing(serve(engine, "m", 1_000))
+    (revoke, *_) = engine.handle(WorkQueued("m", 1, 25_000), 5_000)
+    assert revoke == Revoke("m", grant.grant_id)
+    (again, *_) = engine.handle(BatchFinished("m", grant.grant_id, 0, 0, 1, 25_000), 5_100)
+    assert isinstance(again, Grant) and not again.standing
+
+
+# ---- SM groups ------------------------------------------------------------------------------------------
+
+
+def grouped(name: str, percent: float = 50.0) -> BackendJoined:
+    return BackendJoined(name, name, percent, (), 16, 8, 20_000, OnLate.SERVE, 0.0, 0, 16)
+
+
+def test_co_runners_get_sm_groups_of_their_own_and_keep_them() -> None:
+    engine = DStackEngine(Rules(stand=False))
+    for name in ("a", "b"):
+        engine.handle(grouped(name), 0)
+    masks: dict[str, set[int]] = {"a": set(), "b": set()}
+    for turn in range(4):
+        now = turn * 10_000
+        given = [d for n in ("a", "b") for d in engine.handle(WorkQueued(n, 8, now + 20_000), now)]
+        for grant in given:
+            if isinstance(grant, Grant):
+                masks[grant.instance].add(grant.sm_groups)
+                engine.handle(BatchFinished(grant.instance, grant.grant_id, 8, 1_000, 0, 0), now + 1_000)
+    assert masks == {"a": {0x00FF}, "b": {0xFF00}}
+
+
+def test_an_oversubscribed_gpu_shares_its_groups_evenly() -> None:
+    engine = DStackEngine(Rules(stand=False))
+    engine.handle(PlanChanged(200.0, ()), 0)
+    names = [f"m{i}" for i in range(4)]
+    for name in names:
+        engine.handle(grouped(name), 0)
+    given = [d for n in names for d in engine.handle(WorkQueued(n, 8, 20_000), 10) if isinstance(d, Grant)]
+    assert len(given) == 4
+    assert all(sum(grant.sm_groups >> group & 1 for grant in given) == 2 for group in range(16))
+    engine.check_invariants()
