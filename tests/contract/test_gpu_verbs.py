@@ -15,6 +15,7 @@ from dstack_sched.adapters.gpu_exclusions import GpuExclusions
 from dstack_sched.adapters.machine_checks import gpu_checks
 from dstack_sched.adapters.profile_files import write_profiles
 from dstack_sched.cli import app, register
+from dstack_sched.cli.host_gpus import held_bytes
 from dstack_sched.errors import DstackError, InfeasibleError, InputError
 from fakes.gpus import GIB, use_fake_nvml, write_host
 from fakes.surfaces import GPU, points, profile_set
@@ -125,3 +126,22 @@ def test_doctor_names_each_gpu_and_what_is_wrong(
     write_host(shell.host, [])
     (gpu, _) = gpu_checks()
     assert not gpu.ok and gpu.mend.startswith("give this container one")
+
+
+def test_what_our_instances_hold_is_asked_of_the_arbiter_page_by_page() -> None:
+    pages = [
+        {"instances": {"a": {"gpu": 0, "device_bytes": 3}, "b": {"gpu": 1, "device_bytes": 5}}, "next_since": 7,
+         "more": True},
+        {"instances": {"c": {"gpu": 0, "device_bytes": 4}, "d": {"gpu": -1}}, "next_since": 9, "more": False},
+    ]  # fmt: skip
+
+    class Arbiter:
+        def request(self, verb: str, **fields: Any) -> dict[str, Any]:
+            assert verb == "telemetry" and fields == {"since": 7 if len(pages) == 1 else 0}
+            return pages.pop(0)
+
+        def close(self) -> None:
+            pass
+
+    assert held_bytes(Arbiter()) == {0: 7, 1: 5, -1: 0}
+    assert held_bytes(None) == {}

@@ -73,8 +73,9 @@ class OnGpuHost(Served):
     def __init__(self, host: Host, env: Mapping[str, str]) -> None:
         self.errors = host.folder / "serve.err"
         ports = ["--http-port", "0", "--grpc-port", "0", "--metrics-port", "0"]
-        command = [sys.executable, "-c", PROGRAM, str(host.folder / "nvidiactl"), "serve", str(host.repository),
-                   *ports, "--state", str(host.state), "--socket", str(host.socket), "--json"]  # fmt: skip
+        device = str(host.folder / "nvidiactl")
+        command = [sys.executable, "-c", PROGRAM, device, "serve", str(host.repository), *ports,
+                   "--state", str(host.state), "--socket", str(host.socket), "--json"]  # fmt: skip
         with self.errors.open("ab") as stderr:
             self.process = subprocess.Popen(
                 command, stdout=subprocess.PIPE, stderr=stderr, text=True, env={**os.environ, **env}

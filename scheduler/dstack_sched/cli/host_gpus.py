@@ -16,10 +16,12 @@ from dstack_sched.adapters.nvml import NvmlInventory
 from dstack_sched.adapters.stub_processes import LocalStubProcesses, all_triton_pids
 from dstack_sched.app.gpus import GpuWatch, host_gpus
 from dstack_sched.app.host_view import HostView
+from dstack_sched.app.status_reading import read_telemetry
 from dstack_sched.cli.common import say
 from dstack_sched.domain.gpu import HostGpus
 from dstack_sched.domain.mps import MpsServer
 from dstack_sched.errors import MachineError
+from dstack_sched.ports import ArbiterClient
 
 GPUS_VARIABLE = "DSTACK_GPUS"  # of a Triton that we start: UUIDs by index, for those that look at it later
 
@@ -52,9 +54,12 @@ def gpu_watch(state: Path, excluded: Collection[str], environ: Mapping[str, str]
     return GpuWatch(inventory, SystemClock(), GpuExclusions(state, excluded))
 
 
-def local_view(url: str, state: Path, excluded: Collection[str] = ()) -> HostView | None:
+def local_view(
+    url: str, state: Path, excluded: Collection[str] = (), arbiter: ArbiterClient | None = None
+) -> HostView | None:
     """The host of the Triton at `url`, through that server's own environment; None where it is another host,
-    or has no GPU that NVML can tell of. Errors: InputError."""
+    or has no GPU that NVML can tell of. arbiter: asked what our instances hold, where process ids are hidden.
+    Errors: InputError."""
     stubs = LocalStubProcesses(url)
     server = stubs.server_pid()
     if server is None:
@@ -75,7 +80,15 @@ def local_view(url: str, state: Path, excluded: Collection[str] = ()) -> HostVie
         console = find_daemon(environ)
         return console.servers() if console else None
 
-    return HostView(watch, SystemClock(), own_pids, servers)
+    return HostView(watch, SystemClock(), own_pids, servers, lambda: held_bytes(arbiter))
+
+
+def held_bytes(arbiter: ArbiterClient | None) -> dict[int, int]:
+    """GPU index -> device memory that our instances say they hold; {} without an arbiter."""
+    held: dict[int, int] = {}
+    for told in read_telemetry(arbiter).values() if arbiter else ():
+        held[told["gpu"]] = held.get(told["gpu"], 0) + int(told.get("device_bytes", 0))
+    return held
 
 
 def gpus_here(state: Path, excluded: Collection[str] = ()) -> HostGpus:

@@ -139,7 +139,8 @@ def run(
         if not dry_run:
             deployment.recover()
         prometheus = PrometheusMetrics((*CONTROLLER, *HEALTH))
-        host = None if gpus else local_view(connection.url, state, exclude_gpu or ())
+        arbiter = deployment.arbiter_plans.arbiter
+        host = None if gpus else local_view(connection.url, state, exclude_gpu or (), arbiter)
         url = stack.enter_context(served(prometheus, metrics, *gpu_metrics(host)))
         if url:
             say(f"metrics of the controller: {url}")
