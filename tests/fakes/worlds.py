@@ -62,7 +62,7 @@ def scenario(
     """models: (demand, GPU%, shape of its surface). profiled False: the engine is told no run times."""
     interference = interference or Interference()
     surfaces = {d.name: surface(d.name, a) for d, _, a in models}
-    instances = tuple(SimInstance(d.name, d, p, tuple(levels), 16, batch_size) for d, p, _ in models)
+    instances = tuple(SimInstance(d.name, d, p, tuple(levels), 16, batch_size, 16) for d, p, _ in models)
     plans = [engine_model(surfaces[d.name], d, p, batch_size, interference) for d, p, _ in models]
     if not profiled:
         plans = [replace(x, gpu_percents=(), batch_sizes=(), latency_ms=()) for x in plans]

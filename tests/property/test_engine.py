@@ -111,6 +111,32 @@ def test_grants_never_exceed_capacity(case: Scenario, seed: int, policy: str) ->
                 assert total <= capacity + 1e-6, f"{total}% granted of {capacity}% at {now} us"
 
 
+@SETTINGS
+@given(scenarios(), st.integers(0, 2**32 - 1), st.sampled_from(sorted(POLICIES)))
+def test_sm_groups_are_disjoint_while_there_are_enough(case: Scenario, seed: int, policy: str) -> None:
+    """Counted from the decisions: as many groups as the share says, no other's where that can be."""
+    world = run(case, seed, policy, drain_us=50_000)
+    assert world.trace is not None
+    held: dict[str, list[tuple[int, float, int]]] = defaultdict(list)
+    masks: dict[int, int] = {}
+    crashed = any(fault.kind != "slow" for fault in case.faults)  # an ungated batch is on groups unknown
+    for now, event, decisions in world.trace:
+        _give_back(held, event, now)
+        for decision in decisions:
+            if not isinstance(decision, Grant):
+                continue
+            count = max(1, int(decision.gpu_percent * 16 / 100 + 0.5))
+            assert decision.sm_groups.bit_count() == min(count, 16)
+            others = 0
+            for name, grants in held.items():
+                for grant_id, _, _ in grants if name != decision.instance else ():
+                    others |= masks[grant_id]
+            if others.bit_count() + count <= 16 and not crashed:
+                assert not decision.sm_groups & others, f"{decision} beside {others:016b}"
+            masks[decision.grant_id] = decision.sm_groups
+            held[decision.instance].append((decision.grant_id, 0.0, decision.lease_until_us))
+
+
 def _give_back(held: dict[str, list[tuple[int, float, int]]], event: Event, now: int) -> None:
     if isinstance(event, PlanChanged):  # also the first event of an engine that starts anew
         held.clear()

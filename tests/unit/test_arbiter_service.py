@@ -13,6 +13,7 @@ from dstack_sched.domain.event import (
     BackendJoined,
     BackendLeft,
     BatchFinished,
+    BatchStarted,
     EngineModel,
     PlanChanged,
     TimerFired,
@@ -107,6 +108,82 @@ def test_work_grant_done() -> None:
     assert (counters["grants"], counters["rows"], counters["late_rows"]) == (1, 3, 1)
     assert counters["wait_us"]["count"] == 1 and counters["wait_us"]["sum"] == 0
     assert counters["gpu_percent_ms"] == pytest.approx(40.0 * 0.9)
+
+
+def standing(engine_id: int, mask: int = 0) -> decision.Grant:
+    return decision.Grant("resnet_0#1", engine_id, 40.0, 8, 60_000_000, mask, True)
+
+
+def test_a_standing_grant_runs_once_it_is_started() -> None:
+    bench = Bench()
+    engine = bench.join()
+    engine.answers.append([standing(5, 0b11)])
+    out = bench.service.received(1, wire.Work(0, 0), 200)
+    assert out == [(1, wire.Grant(wire_id(5), 8, 40.0, 60_000_000, 0b11, True))]
+    status = bench.control(verb="status", now_us=50_000)
+    assert status["backends"][0]["state"] == "idle" and status["gpus"]["0"]["gpu_percent_ms"] == 0
+    bench.service.received(1, wire.Start(wire_id(5), 3, 1, 90_000), 60_000)
+    assert engine.events[-1] == (60_000, BatchStarted("resnet_0#1", 5, 3, 1, 90_000))
+    assert bench.control(verb="status", now_us=60_500)["backends"][0]["state"] == "running"
+    bench.service.received(1, wire.Done(wire_id(5), 3, 0, 900, 0, 0), 61_000)
+    assert engine.events[-1] == (61_000, BatchFinished("resnet_0#1", 5, 3, 900, 0, 0))
+    counters = bench.control(verb="status", now_us=62_000)["models"]["resnet"]
+    assert (counters["grants"], counters["rows"]) == (1, 3)
+    assert counters["gpu_percent_ms"] == pytest.approx(40.0 * 0.9)
+
+
+def test_a_standing_grant_that_told_its_end_alone_is_booked() -> None:
+    bench = Bench()
+    engine = bench.join()
+    engine.answers.append([standing(5)])
+    bench.service.received(1, wire.Work(0, 0), 200)
+    bench.service.received(1, wire.Done(wire_id(5), 2, 0, 400, 0, 0), 61_000)
+    assert engine.events[-1] == (61_000, BatchFinished("resnet_0#1", 5, 2, 400, 0, 0))
+    counters = bench.control(verb="status", now_us=62_000)["models"]["resnet"]
+    assert (counters["rows"], counters["gpu_percent_ms"]) == (2, pytest.approx(16.0))
+
+
+def test_a_standing_grant_is_revoked_and_given_back() -> None:
+    bench = Bench()
+    engine = bench.join()
+    engine.answers.append([standing(5)])
+    bench.service.received(1, wire.Work(0, 0), 200)
+    engine.answers.append([decision.Revoke("resnet_0#1", 5)])
+    assert bench.service.received(1, wire.Work(0, 0), 300) == [(1, wire.Revoke(wire_id(5)))]
+    bench.service.received(1, wire.Done(wire_id(5), 0, 0, 0, 0, 0), 400)
+    assert engine.events[-1] == (400, BatchFinished("resnet_0#1", 5, 0, 0, 0, 0))
+    assert bench.control(verb="timeline", now_us=500)["rows"] == [], "nothing ran"
+
+
+def test_another_policy_takes_standing_grants_back_and_counts_them_until_then() -> None:
+    bench = Bench()
+    engine = bench.join()
+    engine.answers.append([standing(5)])
+    bench.service.received(1, wire.Work(0, 0), 200)
+    out = bench.service.received(99, wire.Control({"verb": "policy", "name": "other"}), 1_000)
+    assert (1, wire.Revoke(wire_id(5))) in out
+    (joined,) = [event for _, event in bench.engines[-1].events if isinstance(event, BackendJoined)]
+    assert (joined.running_percent, joined.running_until_us) == (40.0, 51_000)
+    bench.service.received(1, wire.Done(wire_id(5), 0, 0, 0, 0, 0), 1_200)
+    assert bench.engines[-1].events[-1] == (1_200, BatchFinished("resnet_0#1", 0, 0, 0, 0, 0))
+
+
+def test_an_instance_is_told_what_a_plan_says_otherwise() -> None:
+    """Objective, batch size and what happens to late requests change without a reload."""
+    bench = Bench()
+    bench.join()
+    same = PlanChanged(100.0, (EngineModel("resnet", 40.0, 8, 50_000, 1.0, OnLate.REJECT, 30.0),))
+    assert (
+        len(bench.service.received(9, wire.Control({"verb": "plan", "gpus": gpus_to_json({0: same})}), 1))
+        == 1
+    )
+    other = PlanChanged(100.0, (EngineModel("resnet", 40.0, 64, 20_000, 1.0, OnLate.SERVE, 30.0),))
+    body = wire.Control({"verb": "plan", "gpus": gpus_to_json({0: other})})
+    told = [message for connection, message in bench.service.received(9, body, 2) if connection == 1]
+    assert told == [wire.Plan(16, 20_000, False)], "no more rows than it can take"
+    assert [m for c, m in bench.service.received(9, body, 3) if c == 1] == [], "told once"
+    late = bench.service.received(2, JOIN, 4)
+    assert (2, wire.Plan(16, 20_000, False)) in late, "one that joins later learns it too"
 
 
 def test_deadline_of_an_empty_queue_is_zero() -> None:

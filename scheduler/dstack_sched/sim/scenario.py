@@ -15,7 +15,8 @@ FaultKind = Literal["hang", "crash", "slow", "arbiter"]
 
 @dataclass(frozen=True, slots=True)
 class SimInstance:
-    """One backend instance as it would join. levels: shares from batch to batch; empty: gpu_percent."""
+    """One backend instance as it would join. levels: shares from batch to batch; empty: gpu_percent.
+    sm_groups: into how many its device is split; which of them a batch runs on makes no difference here."""
 
     name: str
     demand: ModelDemand
@@ -23,6 +24,7 @@ class SimInstance:
     levels: tuple[float, ...]
     max_batch_size: int
     batch_size: int
+    sm_groups: int = 0
 
     @property
     def slo_us(self) -> int:

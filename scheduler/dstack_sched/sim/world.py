@@ -185,6 +185,7 @@ class World:
             spec.name, spec.demand.name, spec.gpu_percent, spec.levels, spec.max_batch_size,
             spec.batch_size, spec.slo_us, spec.demand.on_late,
             job.percent if job else 0.0, ceil(min(job.end_us, FOREVER)) if job else 0,
+            spec.sm_groups,
         )  # fmt: skip
         self._send(joined, now)
         waiting = backend.waiting(now)
