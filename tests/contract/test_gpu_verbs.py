@@ -130,7 +130,8 @@ def test_doctor_names_each_gpu_and_what_is_wrong(
 
 def test_what_our_instances_hold_is_asked_of_the_arbiter_page_by_page() -> None:
     pages = [
-        {"instances": {"a": {"gpu": 0, "device_bytes": 3}, "b": {"gpu": 1, "device_bytes": 5}}, "next_since": 7,
+        {"instances": {"a": {"gpu": 0, "device_bytes": 3}, "b": {"gpu": 1, "device_bytes": 5}},
+         "next_since": 7,
          "more": True},
         {"instances": {"c": {"gpu": 0, "device_bytes": 4}, "d": {"gpu": -1}}, "next_since": 9, "more": False},
     ]  # fmt: skip
