@@ -5,8 +5,8 @@
 Decisions: the D-STACK engine with 64 models under steady load, driven in virtual time by a small model of
 their backends (Poisson arrivals, one report an arrival, batches that take what the profile says, with
 jitter); every call of `handle` is timed. Round trips: `dstackctl arbiter` in its own process; a backend
-process sends Work and waits for its Grant, while a second process plays the other clients, each of which asks
-50 times a second.
+process that always has work sends Done and waits for its next Grant, while a second process plays the other
+clients, each of which asks (or starts under its standing grant) 50 times a second.
 """
 
 from __future__ import annotations
@@ -33,10 +33,11 @@ import numpy as np
 
 from dstack_backend import wire
 from dstack_sched.adapters.arbiter_client import SocketArbiterClient
-from dstack_sched.domain.decision import Grant, SetTimer, Shed
+from dstack_sched.domain.decision import Grant, Revoke, SetTimer, Shed
 from dstack_sched.domain.event import (
     BackendJoined,
     BatchFinished,
+    BatchStarted,
     EngineModel,
     PlanChanged,
     TimerFired,
@@ -116,6 +117,7 @@ class Drive:
         self.serial = 0
         self.timer_us = 0
         self.busy_until_us: dict[str, int] = {}
+        self.standing: dict[str, Grant] = {}  # grants ahead of the work
         self.rows = self.late = self.batches = 0
         engine.handle(PlanChanged(CAPACITY_PERCENT, tuple(model.plan for model in models)), 0)
         for model in models:
@@ -141,7 +143,7 @@ class Drive:
             now_us, _, kind, what = heapq.heappop(self.agenda)
             if kind == "work":
                 what.deadlines_us.append(now_us + what.plan.slo_us)
-                event = WorkQueued(what.plan.name, len(what.deadlines_us), what.deadlines_us[0])
+                event = self.arrived(what, now_us)
                 self.at(self.next_arrival_us(what, now_us), "work", what)
             elif kind == "done":
                 event = self.finish(what, now_us)
@@ -160,12 +162,28 @@ class Drive:
             case SetTimer(at_us):
                 self.timer_us = at_us
                 self.at(at_us, "timer", None)
+            case Grant(standing=True):
+                self.standing[decision.instance] = decision
+            case Revoke(instance, _) if instance in self.standing:
+                self.at(now_us + 1, "done", (self.standing.pop(instance), 0, 0))
+            case Revoke():
+                pass  # it has begun
             case Grant():
                 start_us = max(now_us, self.busy_until_us.get(decision.instance, 0))
                 self.busy_until_us[decision.instance] = start_us + 1
                 self.at(start_us, "start", decision)
             case Shed():
                 raise AssertionError("these models serve late requests")
+
+    def arrived(self, model: Model, now_us: int) -> WorkQueued | BatchStarted:
+        """A request came: it runs under a standing grant, or is reported."""
+        waiting = model.deadlines_us
+        standing = self.standing.pop(model.plan.name, None)
+        if standing is None:
+            return WorkQueued(model.plan.name, len(waiting), waiting[0])
+        rows = min(standing.batch_size, len(waiting))
+        self.at(now_us, "start", standing)
+        return BatchStarted(model.plan.name, standing.grant_id, rows, len(waiting) - rows, waiting[0])
 
     def finish(self, run: tuple[Grant, int, int], now_us: int) -> BatchFinished:
         grant, rows, run_us = run
@@ -276,19 +294,22 @@ def join(path: Path, i: int) -> socket.socket:
 
 
 def measure(path: Path, rounds: int) -> None:
-    """One backend: Work -> Grant, timed with the coding of both messages; then Done. Prints p50 and p99."""
+    """One backend that always has work: Done -> Grant, timed with the coding of both. Prints p50 and p99."""
     connection = join(path, 0)
     took_ns = []
     gc.disable()
+    deadline_us = time.monotonic_ns() // 1000 + 1_000_000
+    connection.send(wire.encode(wire.Work(8, deadline_us)))
+    grant = wire.decode(connection.recv(4096))
     for i in range(rounds + rounds // 10):
+        assert isinstance(grant, wire.Grant)
+        time.sleep(0.0005)
         now_ns = time.monotonic_ns()
-        connection.send(wire.encode(wire.Work(8, now_ns // 1000 + 1_000_000)))
+        done = wire.Done(grant.grant_id, 8, 0, 1000, 8, now_ns // 1000 + 1_000_000)
+        connection.send(wire.encode(done))
         grant = wire.decode(connection.recv(4096))
         if i >= rounds // 10:
             took_ns.append(time.monotonic_ns() - now_ns)
-        assert isinstance(grant, wire.Grant)
-        connection.send(wire.encode(wire.Done(grant.grant_id, 8, 0, 1000, 0, 0)))
-        time.sleep(0.0005)
     connection.close()
     p50, p99 = np.percentile(np.array(took_ns) / 1000, (50, 99))
     sys.stdout.write(f"{p50:.1f} {p99:.1f}\n")
@@ -303,15 +324,25 @@ def play_others(path: Path, count: int) -> None:
         epoll.register(descriptor, select.EPOLLIN)
     sys.stdout.write("ready\n")
     sys.stdout.flush()
+    standing: dict[int, int] = {}  # grants ahead of the work, by descriptor
     turn, next_s = 0, time.monotonic()
     while True:
         for descriptor, _ in epoll.poll(max(0.0, next_s - time.monotonic())):
-            grant = wire.decode(by_descriptor[descriptor].recv(4096))
-            if isinstance(grant, wire.Grant):
-                by_descriptor[descriptor].send(wire.encode(wire.Done(grant.grant_id, 8, 0, 1000, 0, 0)))
+            message = wire.decode(by_descriptor[descriptor].recv(4096))
+            if isinstance(message, wire.Grant) and message.standing:
+                standing[descriptor] = message.grant_id
+            elif isinstance(message, wire.Grant):
+                by_descriptor[descriptor].send(wire.encode(wire.Done(message.grant_id, 8, 0, 1000, 0, 0)))
+            elif isinstance(message, wire.Revoke) and standing.pop(descriptor, None):
+                by_descriptor[descriptor].send(wire.encode(wire.Done(message.grant_id, 0, 0, 0, 0, 0)))
         if time.monotonic() >= next_s:
             deadline_us = time.monotonic_ns() // 1000 + 1_000_000
-            sockets[turn].send(wire.encode(wire.Work(8, deadline_us)))
+            grant_id = standing.pop(sockets[turn].fileno(), None)
+            if grant_id is None:
+                sockets[turn].send(wire.encode(wire.Work(8, deadline_us)))
+            else:
+                sockets[turn].send(wire.encode(wire.Start(grant_id, 8, 0, 0)))
+                sockets[turn].send(wire.encode(wire.Done(grant_id, 8, 0, 1000, 0, 0)))
             turn = (turn + 1) % count
             next_s = max(next_s + OTHERS_PERIOD_S / count, time.monotonic() - OTHERS_PERIOD_S)
 

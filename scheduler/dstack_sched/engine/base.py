@@ -80,7 +80,7 @@ class EngineBase(Books):
             return
         if instance.lost_grant and now - instance.lost_us > LOST_RETRY_US:
             instance.lost_grant = 0
-        if event.waiting:  # its report and a standing grant have crossed, or it does not know of the grant
+        if instance.standing is not None and event.waiting:  # its report and the grant have crossed
             self._revoke(instance, now)
         self._queue(instance, event.waiting, event.earliest_deadline_us, now)
 
