@@ -8,7 +8,7 @@ from dstack_sched.app.gpus import GpuWatch
 from dstack_sched.app.host_view import FRESH_S, RETRY_S, HostView
 from dstack_sched.domain.gpu import GpuProcess
 from dstack_sched.domain.mps import MpsClient, MpsServer
-from dstack_sched.domain.plan import ModelPlan, Plan
+from dstack_sched.domain.plan import ModelPlan, Plan, Replica
 from dstack_sched.errors import InputError
 from fakes.gpus import GIB, FakeInventory
 from fakes.serving import FakeClock
@@ -93,6 +93,26 @@ def test_one_that_goes_and_comes_before_anybody_planned_changes_nothing() -> Non
     world.view.watch.look()
     world.inventory.set(1, lost="")
     assert world.urgent() is None
+
+
+def placed(*gpus: int) -> Plan:
+    row = ModelPlan(gpus[0], 10.0, 1, 0, 1.0, 1.0, 1.0, 1.0, 0.1, tuple(Replica(g, 10.0, 1.0) for g in gpus))
+    return Plan(100.0, ("one",), {"m": row}, True, (), 1.0)
+
+
+def test_a_plan_of_fewer_gpus_is_one_for_this_host() -> None:
+    """Guards against a config without gpus on a host with two: Triton would use both."""
+    world = World()
+    world.view.host()
+    assert len(world.view.fitted(placed(1)).gpus) == 2
+    cpu = placed(-1)
+    assert world.view.fitted(cpu) is cpu
+    with pytest.raises(InputError, match=r"places m on GPU 2: this host has 2, counted from 0; plan again"):
+        world.view.fitted(placed(0, 2))
+    world.inventory.set(1, lost="NVML: GPU is lost")
+    world.view.watch.look()
+    with pytest.raises(InputError, match=r"places m on GPU 1: NVML: GPU is lost; plan again"):
+        world.view.fitted(placed(1))
 
 
 def test_a_plan_that_needs_too_many_clients_is_refused_before_it_is_applied() -> None:

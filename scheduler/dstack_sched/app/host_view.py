@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 
 from dstack_sched.app.gpus import GpuWatch, host_gpus
 from dstack_sched.app.mps_clients import check_clients
 from dstack_sched.domain.gpu import HostGpus, mps_client_limit
 from dstack_sched.domain.mps import MpsServer, clients_by_gpu
 from dstack_sched.domain.plan import Plan
+from dstack_sched.errors import InputError
 from dstack_sched.ports import Clock
 
 RETRY_S = 10.0  # a plan for changed GPUs that could not be put in force is tried again so often
@@ -62,6 +64,19 @@ class HostView:
             return ()
         limit = mps_client_limit(self.watch.states[0].reading.driver)
         return check_clients(plan, self._clients_of_others(servers), limit)
+
+    def fitted(self, plan: Plan) -> Plan:
+        """The plan as one for all GPUs of this host, also those that it does not use: only then do configs
+        say where models run. Errors: InputError where it uses one that is not there, or is out."""
+        states = self.watch.states
+        for model, row in plan.models.items():
+            for gpu in sorted({replica.gpu for replica in row.replicas} or {row.gpu}):
+                if gpu < 0:
+                    return plan
+                why = states[gpu].out if gpu < len(states) else f"this host has {len(states)}, counted from 0"
+                if why:
+                    raise InputError(f"the plan places {model} on GPU {gpu}: {why}; plan again on this host")
+        return replace(plan, gpus=tuple(state.reading.name for state in states))
 
     def _clients_of_others(self, servers: tuple[MpsServer, ...]) -> dict[int, int]:
         """GPU index -> MPS clients there that are not of this Triton."""

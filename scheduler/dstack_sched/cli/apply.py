@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -30,6 +30,7 @@ from dstack_sched.cli.deployment import (
     model_hashes,
     stored_profiles,
 )
+from dstack_sched.cli.host_gpus import local_view
 from dstack_sched.domain.change import ApplyReport
 from dstack_sched.errors import InfeasibleError
 
@@ -83,8 +84,14 @@ def apply(
         known = read_profile_file(profiles).profiles if profiles else stored_profiles(state, wanted, hashes)
         if profiles:
             check_profiles(known, wanted, hashes, profiles)
+        notes: tuple[str, ...] = ()
+        host = local_view(connection.url, state)
+        if host is not None:
+            wanted = host.fitted(wanted)
+            notes = host.check_clients(wanted)
         deployment = Deployment(repository, server, state, socket)
         report = deployment.apply(wanted, known, demand_of(wanted))
+        report = replace(report, notes=(*report.notes, *notes))
     if json_output:
         print_json({"version": 1, "reloads": report.reloads, **asdict(report)})
     else:
