@@ -61,6 +61,7 @@ def samples(status: Status) -> Iterator[Sample]:
 def _gpu(gpu: str, state: Mapping[str, Any]) -> Iterator[Sample]:
     yield Sample(table.GPU_CAPACITY, (gpu,), state["capacity_percent"] / 100)
     yield Sample(table.GPU_GRANTED, (gpu,), state["granted_percent"] / 100)
+    yield Sample(table.GPU_STANDING, (gpu,), state["standing_percent"] / 100)
     yield Sample(table.GPU_SHARE_TIME, (gpu,), state["gpu_percent_ms"] * 1e-5)
     for model, plan in state["plan"].items():
         for metric, key, factor in _OF_PLAN:

@@ -51,6 +51,7 @@ def _gpu(index: int, gpu: Gpu, sessions: Collection[Session], record: Record, no
     return {
         "capacity_percent": gpu.plan.capacity_percent,
         "granted_percent": round(state.get("granted_percent", 0.0), 3),
+        "standing_percent": round(state.get("standing_percent", 0.0), 3),
         "gpu_percent_ms": round(record.gpu_percent_ms.get(index, 0.0) + running_ms, 1),
         "planned_models": [model.name for model in gpu.plan.models],
         "plan": {model.name: _plan(model) for model in gpu.plan.models},

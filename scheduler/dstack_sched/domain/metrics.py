@@ -241,6 +241,12 @@ GPU_CAPACITY = _gauge(
     "dstack_arbiter_capacity_ratio", "What all grants of a GPU may sum to; 2: 200 GPU%", "gpu", unit="ratio"
 )
 GPU_GRANTED = _gauge("dstack_arbiter_granted_ratio", "Sum of the grants that run now", "gpu", unit="ratio")
+GPU_STANDING = _gauge(
+    "dstack_arbiter_standing_ratio",
+    "Sum of the shares that idle instances hold ahead of their next request",
+    "gpu",
+    unit="ratio",
+)
 GPU_SHARE_TIME = _counter(
     "dstack_arbiter_granted_share_seconds_total",
     "Sum of the shares granted times the time they were held",
@@ -251,7 +257,7 @@ ARBITER = (
     ARBITER_UP, ARBITER_UPTIME, ARBITER_POLICY, SESSIONS, CLIENTS, DROPPED, GRANTS, UNUSED_GRANTS,
     GRANTED_ROWS, ENDED_LEASES, ROWS, LATE_ROWS, SHEDS, OVERLOADS, RUN_TIME, SHARE_TIME, GRANT_WAIT,
     DECISION_TIME, WAITING_ROWS, PLAN_SHARE, PLAN_BATCH, PLAN_RUN, PLAN_SLO, SCORE, GPU_CAPACITY, GPU_GRANTED,
-    GPU_SHARE_TIME,
+    GPU_STANDING, GPU_SHARE_TIME,
 )  # fmt: skip
 
 ALL = CONTROLLER + HEALTH + GPUS + ARBITER
