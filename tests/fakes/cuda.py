@@ -6,6 +6,7 @@ on. So a missing event, a buffer reused too early or an answer read too soon giv
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import math
 import threading
@@ -48,7 +49,8 @@ class FakeCuda:
         self.graphs: dict[int, tuple[list[Callable[[], None]], int]] = {}
         self.launched: list[int] = []  # masks of the graphs launched
         self.log: list[str] = []
-        self.lost = self.touching = False
+        self.registered: dict[int, int] = {}
+        self.lost = self.touching = self.unregistrable = False
         self.others_bytes = 0  # what other processes hold
         self._next = 1000
 
@@ -119,7 +121,8 @@ class FakeCuda:
         return handle
 
     def destroy_stream(self, stream: int) -> None:
-        self.wait(stream)
+        with contextlib.suppress(RuntimeError):  # what failed before
+            self.wait(stream)
         del self.streams[stream]
 
     def event(self) -> int:
@@ -174,8 +177,19 @@ class FakeCuda:
         else:
             target.queue.append(work)
 
+    def register(self, address: int, size_bytes: int) -> None:
+        self._alive()
+        if self.unregistrable:
+            raise DeviceError("fake: out of memory (2)")
+        self.registered[address] = size_bytes
+
+    def unregister(self, address: int) -> None:
+        self._alive()
+        del self.registered[address]
+
     def to_device(self, pointer: int, source: int, size_bytes: int, stream: int) -> None:
-        assert any(a <= source and source + size_bytes <= a + x.nbytes for a, x in self.host.items())
+        known = [(start, array.nbytes) for start, array in self.host.items()] + [*self.registered.items()]
+        assert any(start <= source and source + size_bytes <= start + size for start, size in known)
         self._known(pointer, size_bytes)
         self.queue(stream, "to_device", lambda: void(ctypes.memmove(pointer, source, size_bytes)))
 
@@ -217,7 +231,8 @@ class FakeCuda:
         self.queue(stream, "launch", lambda: void([work() for work in captured]))
 
     def assert_nothing_left(self) -> None:
-        assert (self.memory, self.host, self.streams, self.events, self.graphs) == ({}, {}, {}, {}, {})
+        left = self.memory, self.host, self.registered, self.streams, self.events, self.graphs
+        assert not any(left), left
 
 
 def void(_: object) -> None: ...

@@ -328,6 +328,7 @@ class FakeLibrary:
         self.status: dict[str, int] = {}
         self._functions: list[Any] = []
         self.descriptions: list[list[int]] = []
+        self.destroyed = 0
 
     def __getattr__(self, name: str) -> Any:
         def call(*arguments: Any) -> int:
@@ -348,6 +349,7 @@ class FakeLibrary:
             "cuDevSmResourceSplitByCount": ((address,) * 4 + (ctypes.c_uint,) * 2, self._split),
             "cuDevResourceGenerateDesc": ((address, address, ctypes.c_uint), self._describe),
             "cuGreenCtxCreate": ((address, address, ctypes.c_int, ctypes.c_uint), lambda *_: 0),
+            "cuGreenCtxDestroy": ((address,), self._destroy),
             "cuGreenCtxStreamCreate": ((address, address, ctypes.c_uint, ctypes.c_int), lambda *_: 0),
         }
         arguments, function = signatures[symbol]
@@ -374,6 +376,10 @@ class FakeLibrary:
         self._sms(rest, 12)
         return 0
 
+    def _destroy(self, context: int) -> int:
+        self.destroyed += 1
+        return 0
+
     def _describe(self, description: int, resources: int, count: int) -> int:
         self.descriptions.append([self._sms(resources + 144 * index) for index in range(count)])
         return 0
@@ -394,6 +400,9 @@ def test_shares_of_an_h100(library: FakeLibrary) -> None:
         groups.stream(0b1000_0000_0000_0110)
     groups.stream(0b1)
     assert library.descriptions == [[8, 8, 12], [8]]
+    groups._end()
+    groups._end()
+    assert library.destroyed == 2
 
 
 @pytest.mark.parametrize(

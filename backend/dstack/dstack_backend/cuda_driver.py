@@ -106,6 +106,15 @@ class Driver:
         self.use()
         self.call("cuMemFreeHost", _HANDLE(array.ctypes.data))
 
+    def register(self, address: int, size_bytes: int) -> None:
+        """Let the device read host memory that was mapped by others. Whole pages."""
+        self.use()
+        self.call("cuMemHostRegister_v2", _HANDLE(address), _SIZE(size_bytes), ctypes.c_uint(0))
+
+    def unregister(self, address: int) -> None:
+        self.use()
+        self.call("cuMemHostUnregister", _HANDLE(address))
+
     def upload(self, pointer: int, source: int, size_bytes: int) -> None:
         """Copy host memory of any kind to the device and wait for it."""
         self.use()

@@ -6,13 +6,15 @@ graph on a stream of a share keeps to its SMs wherever the graph is launched (de
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import ctypes
 import threading
 from functools import lru_cache
 from typing import Any
 
 from dstack_backend.cuda_driver import Driver
-from dstack_backend.errors import DeviceError
+from dstack_backend.errors import DeviceError, DeviceLostError
 
 GROUP_SMS = 8
 MAX_GROUPS = 16
@@ -40,7 +42,7 @@ class SmGroups:
     def __init__(self, driver: Driver):
         self._driver = driver
         names = ("cuDeviceGetDevResource", "cuDevSmResourceSplitByCount", "cuDevResourceGenerateDesc",
-                 "cuGreenCtxCreate", "cuGreenCtxStreamCreate")  # fmt: skip
+                 "cuGreenCtxCreate", "cuGreenCtxDestroy", "cuGreenCtxStreamCreate")  # fmt: skip
         driver.use()
         self._entry: dict[str, Any] = {name: driver.entry(name, _CUDA_12_5) for name in names}
         whole, rest = _Resource(), _Resource()
@@ -53,6 +55,7 @@ class SmGroups:
         self._resources = list(groups)[: count.value] + ([rest] if rest.sm_count else [])
         self.sms = tuple(resource.sm_count for resource in self._resources)
         self._lock = threading.Lock()
+        atexit.register(self._end)  # the driver is not to end with them in use
         self._contexts: dict[int, ctypes.c_void_p] = {}
         if len(self.sms) < 2:
             raise DeviceError(f"the {whole.sm_count} SMs of this GPU cannot be split into groups")
@@ -72,6 +75,12 @@ class SmGroups:
             ctypes.byref(stream), context, ctypes.c_uint(_NON_BLOCKING), ctypes.c_int(0)
         )
         return stream.value or 0
+
+    def _end(self) -> None:
+        contexts, self._contexts = self._contexts, {}
+        for context in contexts.values():
+            with contextlib.suppress(DeviceError, DeviceLostError):
+                self._entry["cuGreenCtxDestroy"](context)
 
     def _context(self, mask: int) -> ctypes.c_void_p:
         chosen = [resource for bit, resource in enumerate(self._resources) if mask >> bit & 1]

@@ -1,15 +1,16 @@
 """How long a program runs, so that who waits for it can sleep through most of it.
 
-The driver waits for an event by spinning: a core for every model that is busy. Sleeping instead costs some
-tens of microseconds at the end of each run. So a waiter sleeps until shortly before the end that it
-expects."""
+The driver waits for an event by spinning: a core for every model that is busy. Sleeping instead costs 50 to
+300 microseconds at the end of each run. So a waiter sleeps until shortly before the end that it expects, and
+through short runs not at all.
+"""
 
 from __future__ import annotations
 
 import time
 
-SPIN_NS = 200_000  # left to spinning: a sleeper is late by its timer's slack (50 us) and the scheduler
-LEAST_NS = 150_000  # not worth sleeping for
+SPIN_NS = 500_000  # left to spinning: a sleeper is late by its timer's slack and the scheduler
+LEAST_NS = 1_500_000  # not worth sleeping for: runs below 2 ms are waited for awake
 
 
 class Pace:

@@ -17,7 +17,7 @@ from dstack_backend.tensors import Array
 log = logging.getLogger("dstack")
 
 Key: TypeAlias = tuple[int, int]  # (mask of SM groups, 0: all that the process has; batch size)
-THREADS = 4  # that prepare programs at a time
+THREADS = 6  # that prepare programs at a time
 MAX_EXTRA = 24  # programs made on demand beyond those of warm-up; the longest unused ones go first
 RESERVE_BYTES = 1 << 30  # of device memory, left to others by programs that are made on demand
 Trial: TypeAlias = Callable[[int], tuple[Mapping[str, Array], list[Array]]]  # size -> feeds, wanted answers
@@ -98,43 +98,46 @@ class Shelf:
             missing = [key for key in keys if key not in self._programs and key not in self._refused]
         if not missing or not self.bound:
             return
-        self._attempt_all(missing[:1])  # the first says whether the model can be captured
-        several = 1 if self._limit_bytes else THREADS
-        with ThreadPoolExecutor(several, thread_name_prefix="dstack-prepare") as pool:
-            for first in range(1, len(missing), several):
-                self._attempt_all(missing[first : first + several], pool)
+        if self.graphs:
+            missing = self._attempt_all(missing, graphs=True)
+            with self._lock:
+                self.graphs = bool(self._programs)
+        if missing and not self.graphs and self._groups is None:
+            missing = self._attempt_all(missing, graphs=False)
+            self.bound = bool(self._programs)
+        with self._lock:
+            self._refused.update(missing)
         self._make_room()
 
-    def _attempt_all(self, keys: Sequence[Key], pool: ThreadPoolExecutor | None = None) -> None:
-        """Make these programs at the same time, then see what they took."""
-        free_before = self._cuda.memory_info()[0]
-        made = list(pool.map(self._attempt, keys)) if pool else [self._attempt(key) for key in keys]
-        taken_bytes = max(0, free_before - self._cuda.memory_info()[0])
-        if self._limit_bytes and self.used_bytes + taken_bytes > self._limit_bytes:
-            for key, program in zip(keys, made, strict=True):
-                if program is not None:
-                    log.warning("%s: no program for batch size %d: gpu_memory_limit_mb would be exceeded",
-                                self._name, key[1])  # fmt: skip
-                    self._end(program)
-            made = [None] * len(keys)
-        else:
-            self.used_bytes += taken_bytes
-        with self._lock:
-            for key, program in zip(keys, made, strict=True):
-                if program is None:
-                    self._refused.add(key)
-                else:
-                    self._programs[key] = program
+    def _attempt_all(self, keys: Sequence[Key], *, graphs: bool) -> list[Key]:
+        """Make programs, several at the same time, and see what they took; those that cannot be had."""
+        several = 1 if self._limit_bytes else THREADS
+        refused: dict[Key, str] = {}
+        with ThreadPoolExecutor(several, thread_name_prefix="dstack-prepare") as pool:
+            for first in range(0, len(keys), several):
+                some = keys[first : first + several]
+                free_before = self._cuda.memory_info()[0]
+                made = list(pool.map(lambda key: self._attempt(key, graphs), some))
+                taken_bytes = max(0, free_before - self._cuda.memory_info()[0])
+                for key, program in zip(some, made, strict=True):
+                    if isinstance(program, str):
+                        refused[key] = program
+                    elif self._limit_bytes and self.used_bytes + taken_bytes > self._limit_bytes:
+                        refused[key] = "gpu_memory_limit_mb would be exceeded"
+                        self._end(program)
+                        taken_bytes = 0
+                    else:
+                        with self._lock:
+                            self._programs[key] = program
+                self.used_bytes += taken_bytes
+        what = "CUDA graph" if graphs else "bound buffers"
+        for why in dict.fromkeys(refused.values()):
+            sizes = sorted({key[1] for key in refused if refused[key] == why})
+            log.warning("%s: no %s for batch sizes %s: %s", self._name, what, str(sizes)[1:-1], why)
+        return list(refused)
 
-    def _attempt(self, key: Key) -> Program | None:
-        """A program that passed its trial: with a graph, else bound where the share is fixed, else None."""
-        program = self._try(key, graphs=True) if self.graphs else None
-        if program is None and self._groups is None and not self.graphs:
-            program = self._try(key, graphs=False)
-            self.bound = program is not None or bool(self._programs)
-        return program
-
-    def _try(self, key: Key, *, graphs: bool) -> Program | None:
+    def _attempt(self, key: Key, graphs: bool) -> Program | str:
+        """A program that passed its trial, or why there is none."""
         mask, size = key
         program, stream = None, 0
         try:
@@ -147,16 +150,13 @@ class Shelf:
         except DeviceLostError:
             raise
         except Exception as error:  # ONNX Runtime's own path can still do what cannot be captured or bound
-            what = "CUDA graph" if graphs else "bound buffers"
-            log.warning("%s: no %s at batch size %d: %s", self._name, what, size, one_line(error))
+            why = one_line(error)
         self._cuda.check()
         if program is not None:
             program.close()
         if stream:
             self._cuda.destroy_stream(stream)
-        if graphs and not self._programs:
-            self.graphs = False
-        return None
+        return why
 
     def _check(self, program: Program) -> None:
         """Raise ModelError unless it answers as it must: twice, for a first replay may leave something

@@ -18,11 +18,13 @@ from typing import Any
 
 import numpy as np
 
+from dstack_backend.cuda_host import HostMemory
 from dstack_backend.errors import RunError
 from dstack_backend.tensors import Array, DeviceArray, Feed, TensorSpec
 
 MAX_SLOTS = 4  # one staged, one running, two being answered
 LEASE_TIMEOUT_S = 30.0
+GATHER_BELOW_BYTES = 1 << 16
 _EVENTS = ("entering", "arrived", "started", "computed", "leaving", "left")
 
 
@@ -68,28 +70,42 @@ class Slot:
     def size_bytes(self) -> int:
         return sum(rows.size_bytes for rows in (*self.inputs.values(), *self.outputs.values()))
 
-    def enter(self, feeds: Mapping[str, Feed], pinned: Mapping[int, Array], stream: int) -> None:
-        """Queue the copies of the inputs. `pinned`: page-locked arrays of ours by address, taken as they
-        are.
+    def enter(self, feeds: Mapping[str, Feed], host: HostMemory, stream: int) -> None:
+        """Queue the copies of the inputs: from device memory, from host memory that the device reads
+        itself, and of the rest from page-locked memory of ours that it is copied to first.
         """
         self._cuda.record(self.event["entering"], stream)
         for name, feed in feeds.items():
-            target = self.inputs[name]
-            at = 0
-            for part in parts_of(feed):
-                check_part(name, part, target)
-                end = at + len(part)
+            self._enter(name, parts_of(feed), host, stream)
+        self._cuda.record(self.event["arrived"], stream)
+
+    def _enter(self, name: str, parts: Sequence[Array | DeviceArray], host: HostMemory, stream: int) -> None:
+        target = self.inputs[name]
+        at = gathered = 0  # rows so far, and rows of those that are on the device or on their way
+        for part in parts:
+            check_part(name, part, target)
+            end = at + len(part)
+            direct = _direct(part, host, alone=len(parts) == 1)
+            if direct:
+                self._send(target, gathered, at, stream)
                 pointer = target.device + at * target.row_bytes
                 if isinstance(part, DeviceArray):
-                    self._cuda.copy(pointer, part.pointer, part.nbytes, stream)
+                    self._cuda.copy(pointer, direct, part.nbytes, stream)
                 else:
-                    source = part
-                    if part.ctypes.data not in pinned or not part.flags.c_contiguous:
-                        source = target.host()[at:end]
-                        np.copyto(source, part, casting="no")
-                    self._cuda.to_device(pointer, source.ctypes.data, source.nbytes, stream)
-                at = end
-        self._cuda.record(self.event["arrived"], stream)
+                    self._cuda.to_device(pointer, direct, part.nbytes, stream)
+                gathered = end
+            elif isinstance(part, np.ndarray):
+                np.copyto(target.host()[at:end], part, casting="no")
+            at = end
+        self._send(target, gathered, at, stream)
+
+    def _send(self, target: Rows, start: int, stop: int, stream: int) -> None:
+        """Queue the copy of rows that were gathered."""
+        if stop > start:
+            rows = target.host()[start:stop]
+            self._cuda.to_device(
+                target.device + start * target.row_bytes, rows.ctypes.data, rows.nbytes, stream
+            )
 
     def leave(self, names: Sequence[str], rows: int, stream: int) -> None:
         """Queue the copies of these outputs to the host, behind the computation."""
@@ -175,6 +191,18 @@ class Slots:
         for slot in free:
             self.size_bytes -= slot.size_bytes
             slot.close()
+
+
+def _direct(part: Array | DeviceArray, host: HostMemory, *, alone: bool) -> int:
+    """The address that the device copies a part from; 0: it is to be gathered first. Small parts of many
+    are: a copy costs some microseconds each.
+    """
+    if isinstance(part, DeviceArray):
+        return part.pointer
+    if not part.flags.c_contiguous or (part.nbytes < GATHER_BELOW_BYTES and not alone):
+        return 0
+    address = int(part.ctypes.data)
+    return address if host.reads(address, part.nbytes) else 0
 
 
 def parts_of(feed: Feed) -> Sequence[Array | DeviceArray]:

@@ -111,6 +111,7 @@ class CpuSession(TwoPhases):
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         self.threads = threads
+        self.takes_parts = False
         self.levels: tuple[float, ...] = ()
         self.groups = self.graphs = self.device_bytes = 0
         self._gpu_percent = gpu_percent

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import logging
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +22,7 @@ import numpy as np
 
 from dstack_backend.cuda_driver import driver
 from dstack_backend.cuda_groups import SmGroups, sm_groups
+from dstack_backend.cuda_host import HostMemory
 from dstack_backend.cuda_layout import with_best_layout
 from dstack_backend.cuda_levels import Levels
 from dstack_backend.cuda_pace import Finish
@@ -31,14 +31,12 @@ from dstack_backend.cuda_programs import Program
 from dstack_backend.cuda_sessions import CudaOptions, Form, Sessions, form_of, samples, shape_of
 from dstack_backend.cuda_shelf import Shelf
 from dstack_backend.cuda_slots import Slot, Slots, lifted, rows_of
-from dstack_backend.errors import BackendError, DeviceError, DeviceLostError, RunError, one_line
+from dstack_backend.errors import BackendError, DeviceError, DeviceLostError, ModelError, RunError, one_line
 from dstack_backend.optimized import Cache
 from dstack_backend.runtime import specs_of
 from dstack_backend.session import Running, Staged, TwoPhases
 from dstack_backend.staging import aligned
 from dstack_backend.tensors import Array, DeviceArray, Feed
-
-log = logging.getLogger("dstack")
 
 ODD_ROWS = 3  # no dimension of a model happens to have it as easily as 1, 2 or 4
 MPS_PERCENT = "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"
@@ -82,10 +80,12 @@ def limit_process(gpu_percent: float) -> None:
 class CudaSession(TwoPhases):
     """Session on a CUDA device. cuda: its Driver. groups: the SM groups that levels are made of."""
 
+    takes_parts = True
+
     def __init__(self, sessions: Sessions, cuda: Any, gpu_percent: float, groups: SmGroups | None = None):
         options = sessions.options
         self._cuda, self._sessions, self._gpu_percent = cuda, sessions, gpu_percent
-        self._pinned: dict[int, Array] = {}  # by address: the memory that allocate() has given out
+        self._host = HostMemory(cuda)
         self._last: tuple[int, Finish] | None = None  # of the last launch: its stream, and when it will end
         free_before = cuda.memory_info()[0]
         self._groups = (groups or sm_groups(cuda)) if options.levels else None
@@ -116,7 +116,9 @@ class CudaSession(TwoPhases):
             limit_bytes=options.memory_limit_bytes,
             name=str(sessions.path),
         )
-        self._shelf.bound = form is not None and self._keeps_rows()
+        self._shelf.bound = form is not None
+        self._reference: tuple[dict[str, Array], list[Array]] | None = None
+        self._referring = threading.Lock()
         self._loaded_bytes = max(0, free_before - cuda.memory_info()[0])
         self._shelf.used_bytes = sessions.shared_bytes
 
@@ -154,37 +156,37 @@ class CudaSession(TwoPhases):
         self._cuda.wait(self._compute)
         self._shelf.clear()
 
-    def _keeps_rows(self) -> bool:
-        """Whether rows in are rows out, whatever the dimensions are called: a program's outputs have a
-        fixed place.
-        """
-        try:
-            answers = self._plain.run(samples(self.inputs, ODD_ROWS, seed=ODD_ROWS), self._names, trial=True)
-        except Exception as error:
-            self._cuda.check()
-            log.info("%s: no run of random inputs, so no programs: %s", self._sessions.path, one_line(error))
-            return False
-        return all(
-            answer.shape == shape_of(spec, ODD_ROWS)
-            for answer, spec in zip(answers, self.outputs, strict=True)
-        )
-
     def _program(self, size: int, stream: int, graphs: bool) -> Program:
         return Program(self._sessions, self._cuda, self._form, size, stream, graphs=graphs)
 
-    def _trial(self, size: int) -> tuple[Mapping[str, Array], list[Array]]:
-        """Feeds and right answers for a program of this size, with the rows first."""
-        feeds = samples(self.inputs, size, seed=size)
+    def _trial(self, size: int) -> tuple[dict[str, Array], list[Array]]:
+        """Feeds and right answers for a program of this size: a few rows, answered once on the plain path,
+        again and again. A model whose rows mix, or are not rows out what they are in, fails it. Raises
+        ModelError.
+        """
+        with self._referring:
+            if self._reference is None:
+                self._reference = self._refer()
+        feeds, answers = self._reference
+        tile = np.arange(size) % len(answers[0])
+        return {name: array[tile] for name, array in feeds.items()}, [array[tile] for array in answers]
+
+    def _refer(self) -> tuple[dict[str, Array], list[Array]]:
+        rows = 1 if self._form.whole else ODD_ROWS
+        feeds = samples(self.inputs, rows, seed=rows)
         answers = self._plain.run(feeds, self._names, trial=True)
-        return feeds, [answer[None] for answer in answers] if self._form.whole else answers
+        for answer, spec in zip(answers, self.outputs, strict=True):
+            if answer.shape != shape_of(spec, rows):
+                raise ModelError(f"output {spec.name!r} has not a row for each row of the batch")
+        if self._form.whole:
+            return {name: array[None] for name, array in feeds.items()}, [each[None] for each in answers]
+        return feeds, answers
 
     def allocate(self, shape: tuple[int, ...], dtype: Any) -> Array:
         """As Session.allocate: page-locked where inputs are copied to memory of ours."""
         if not self._shelf.bound or np.dtype(dtype).hasobject:
             return aligned(shape, dtype)
-        array = self._cuda.allocate_pinned(shape, np.dtype(dtype))
-        self._pinned[array.ctypes.data] = array
-        return array
+        return self._host.allocate(shape, np.dtype(dtype))
 
     # Batches
 
@@ -200,7 +202,7 @@ class CudaSession(TwoPhases):
                 feeds = {name: lifted(feed) for name, feed in feeds.items()}
             slot = self._slots.lease(rows)
             try:
-                slot.enter(feeds, self._pinned, self._copy_in)
+                slot.enter(feeds, self._host, self._copy_in)
             except BaseException:
                 self._cuda.wait(self._copy_in)
                 self._slots.give_back(slot)
@@ -282,9 +284,7 @@ class CudaSession(TwoPhases):
             self._shelf.close()
             self._slots.close()
             self._cuda.destroy_event(self._turn)
-            for array in self._pinned.values():
-                self._cuda.free_pinned(array)
-        self._pinned.clear()
+            self._host.close()
         self._release()
 
     def _release(self) -> None:

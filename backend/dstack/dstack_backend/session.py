@@ -71,6 +71,9 @@ class Session(Protocol):
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
 
+    takes_parts: bool
+    """Whether stage() likes the rows of a batch where they are, in parts, better than gathered."""
+
     @property
     def levels(self) -> tuple[float, ...]:
         """GPU% that a run can name, rising; empty: the share is fixed when the process starts."""
