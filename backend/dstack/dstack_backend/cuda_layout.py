@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,8 @@ def _measure(make: Callable[[bool], Sessions], cuda: Any) -> dict[str, Any]:
     """Time and answers of both layouts; nhwc: the better one in all respects."""
     with ExitStack() as stack:
         usual, other = (stack.enter_context(_Candidate(make(nhwc), cuda)) for nhwc in (False, True))
+        with ThreadPoolExecutor(2) as pool:  # cuDNN compiles kernels for each, on the host
+            list(pool.map(_Candidate.prepare, (usual, other)))
         for _ in range(ROUNDS):
             for candidate in (usual, other):
                 candidate.time()
@@ -93,14 +96,10 @@ class _Candidate:
         self._program: Program | None = None
 
     def __enter__(self) -> _Candidate:
-        try:
-            self._prepare()
-        except BaseException:
-            self.__exit__()
-            raise
         return self
 
-    def _prepare(self) -> None:
+    def prepare(self) -> None:
+        """Everything up to the first round."""
         self.sessions.share(self._stream)
         form = form_of(*specs_of(self.sessions.open(self._stream), self.sessions.path))
         if form is None:
