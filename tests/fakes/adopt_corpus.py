@@ -244,7 +244,7 @@ CORPUS: dict[str, Case] = {
     "empty": Case(
         "", made.every_type, requests={f"in_{kind}": _three(dtype) for kind, (_, dtype) in made.TYPES.items()}
     ),
-    "scheduled": Case(SCHEDULED, lambda: made.dense(seed=3), requests=ROWS, served=True),
+    "scheduled": Case(SCHEDULED, lambda: made.dense(seed=3), requests=ROWS),
     "warmed": Case(WARMED.replace("\n", "\r\n"), lambda: made.dense(seed=4), requests=ROWS, served=True),
     "tuned": Case(
         TUNED,
@@ -253,7 +253,7 @@ CORPUS: dict[str, Case] = {
         note="parameter execution_mode is onnxruntime's",
     ),
     "on_gpu": Case(ON_GPU, made.dense, note="conv_algo_search EXHAUSTIVE says what"),
-    "reshaped": Case(RESHAPED, lambda: made.plus(2), requests={"x": FOUR["x"].reshape(2, 2, 2)}, served=True),
+    "reshaped": Case(RESHAPED, lambda: made.plus(2), requests={"x": FOUR["x"].reshape(2, 2, 2)}),
     "labelled": Case(
         LABELLED,
         lambda: made.plus(3),
@@ -274,12 +274,8 @@ CORPUS: dict[str, Case] = {
         file="net.onnx",
         requests=FOUR,
     ),
-    "folder": Case(
-        ONNX, lambda: made.dense(seed=6), file="model.onnx/model.onnx", requests=ROWS, served=True
-    ),
-    "words": Case(
-        ONNX, made.text, requests={"x": np.array([["a", "b"], ["\u00e9", ""]], np.object_)}, served=True
-    ),
+    "folder": Case(ONNX, lambda: made.dense(seed=6), file="model.onnx/model.onnx", requests=ROWS),
+    "words": Case(ONNX, made.text, requests={"x": np.array([["a", "b"], ["\u00e9", ""]], np.object_)}),
     "no_batch": Case(
         ONNX + "max_batch_size: 0\n",
         made.without_batch,

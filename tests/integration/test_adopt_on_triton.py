@@ -157,7 +157,7 @@ def test_a_model_that_does_not_load_takes_all_back(site: Site, tmp_path: Path) -
 def test_reverted_after_a_plan_was_applied_every_file_is_as_at_first(site: Site) -> None:
     """The last test on this site. Models that Triton did not serve before their adoption are unloaded."""
     plan = site.state / "plan.json"
-    plan.write_text(json.dumps(plan_document(minimal=50, bare=50)))
+    plan.write_text(json.dumps(plan_document(bare=50)))
     status, _, err = site.dstackctl("apply", "--plan", plan, "--repo", site.root)
     assert status == 0, err
     assert "gpu_percent" in (site.root / "bare" / "config.pbtxt").read_text()
@@ -175,7 +175,10 @@ def test_reverted_after_a_plan_was_applied_every_file_is_as_at_first(site: Site)
 
 @pytest.mark.parametrize(
     ("mode", "advice"),
-    [("poll", "takes the configs by itself, within 1 s each"), ("none", "reads its repository at its start")],
+    [
+        ("poll", "takes the configs by itself, within 1 s each"),
+        pytest.param("none", "reads its repository at its start", marks=pytest.mark.slow),
+    ],
 )
 def test_without_explicit_control_the_operator_is_told_what_to_do(
     tmp_path: Path, mode: str, advice: str
