@@ -8,12 +8,12 @@ goes on:
 
     raw        onnxruntime alone, I/O binding, CUDA graph: the measure of all else
     served     throughput through Triton at saturation, system and CUDA shared memory clients
-    overhead   latency of one client, and where it goes by stage
+    overhead   latency of one client, where it goes by stage, and what of it is Triton's own
     graphs     served throughput with and without CUDA graphs; outputs of both
     levels     a change of GPU% by level and by reload: time, memory, throughput, interference
-    instances  24 model instances on one GPU load, serve, unload
-    leak       device and host memory over 100 load/unload cycles
     mps        the MPS daemon killed under load: recovery, requests failed, every answer checked
+    leak       device and host memory over 100 load/unload cycles
+    instances  24 model instances on one GPU load, serve, unload
 
 --provider cpu tries everything out without a GPU, as far as it goes; it never writes below perf/reports/.
 """
@@ -48,10 +48,11 @@ PARTS: dict[str, tuple[Callable[[Study], Mapping[str, Any]], float]] = {
     "overhead": (overhead, 20.0),
     "graphs": (graphs, 40.0),
     "levels": (levels, 40.0),
-    "instances": (instances, 40.0),
-    "leak": (leak, 40.0),
     "mps": (mps, 40.0),
+    "leak": (leak, 40.0),
+    "instances": (instances, 40.0),
 }
+ONE_SERVER = ("served", "overhead", "graphs")
 
 
 def parse_options() -> argparse.Namespace:
@@ -65,7 +66,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--state", type=Path, default=ROOT / "run" / "dataplane", help="logs and scratch")
     parser.add_argument("--log", type=Path, help="all that is said, and the logs of what fails")
     parser.add_argument("--time-budget-s", type=float, default=540.0)
-    parser.add_argument("--raw-seconds", type=float, default=1.0, help="for one figure of the raw loop")
+    parser.add_argument("--raw-seconds", type=float, default=0.6, help="for one figure of the raw loop")
     parser.add_argument("--cycles", type=int, default=100, help="load/unload cycles of the leak test")
     parser.add_argument("--instances", type=int, default=24, help="of all models together")
     parser.add_argument("--provider", choices=["cuda", "cpu"], default="cuda", help="cpu: for trying out")
@@ -117,6 +118,8 @@ def main() -> int:
         export(study)
         for name in [name for name in PARTS if name in wanted and study.models]:
             part, needs_s = PARTS[name]
+            if name not in ONE_SERVER:
+                study.close()  # the others have the GPU to themselves
             study.run(name, part, needs_s, write)
     finally:
         study.close()

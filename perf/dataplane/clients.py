@@ -57,7 +57,13 @@ class ClosedLoop:
 
 
 def perf_analyzer(
-    server: Server, model: str, *, concurrency: int, client_batch: int = 1, shared_memory: str = "system"
+    server: Server,
+    model: str,
+    *,
+    concurrency: int,
+    client_batch: int = 1,
+    shared_memory: str = "system",
+    window_s: float = WINDOW_S,
 ) -> ClosedLoop:
     """`concurrency` requests of `client_batch` rows each always under way. Errors: MachineError."""
     config = server.client.config(model)
@@ -68,7 +74,7 @@ def perf_analyzer(
             str(find_perf_analyzer()), "-m", model, "-i", "grpc", "-u", server.grpc_url, "--async",
             "--shared-memory", shared_memory, "--output-shared-memory-size", str(row_bytes(config)),
             "--input-data", str(data), "-b", str(client_batch), "--concurrency-range", str(concurrency),
-            "--measurement-interval", str(int(WINDOW_S * 1000)), "--max-trials", str(WINDOWS),
+            "--measurement-interval", str(int(window_s * 1000)), "--max-trials", str(WINDOWS),
             "--stability-percentage", "100000",
         ]  # fmt: skip
         environment = server.client_environment()

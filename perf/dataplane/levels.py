@@ -43,7 +43,7 @@ def levels(study: Study) -> dict[str, Any]:
     with Server(study.options.state / "levels", study.provider, arguments=arguments) as server:
         sections = {
             "switch": lambda: switch(study, server, first),
-            "reload": lambda: {name: reload(study, server, name) for name in {first: 0, second: 0}},
+            "reload": lambda: {first: reload(study, server, first)},
             "alone": lambda: alone(study, server, first),
             "side_by_side": lambda: side_by_side(study, server, (first, second)),
         }

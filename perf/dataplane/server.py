@@ -36,6 +36,7 @@ INFER_LIMIT_S = 20.0
 METRICS_PERIOD_S = 1.2  # the backend publishes once a second
 SEED_MODEL = "seed"  # serve wants one model to begin with; this one stays on the CPU
 TRITON = "tritonserver"
+FLOOR_MODEL = Path(__file__).with_name("floor_model.py")
 MPS_CONTROL, MPS_SERVER = "nvidia-cuda-mps-control", "nvidia-cuda-mps-server"
 CLIENT_VARIABLES = (PIPE_VARIABLE, "CUDA_MPS_LOG_DIRECTORY")
 
@@ -53,7 +54,7 @@ class Server:
         self.repository = self._runtime / "models"
         self.socket = self._runtime / "arbiter.sock"
         shutil.rmtree(self.logs, ignore_errors=True)
-        self._place(SEED_MODEL, "instance_group [ { kind: KIND_CPU } ]\n")
+        self._place(SEED_MODEL, 'backend: "dstack"\ninstance_group [ { kind: KIND_CPU } ]\n')
         save_seed(self.repository / SEED_MODEL / "1" / "model.onnx")
         ports = [word for use in ("http", "grpc", "metrics") for word in (f"--{use}-port", "0")]
         command = [sys.executable, "-m", "dstack_sched", "serve", str(self.repository), *ports, "--json"]
@@ -117,7 +118,7 @@ class Server:
         parameters = {"batch_size": str(batch_size), **more}
         self._place(
             name,
-            f"max_batch_size: {max_batch_size or batch_size}\n"
+            f'backend: "dstack"\nmax_batch_size: {max_batch_size or batch_size}\n'
             f"instance_group [ {{ kind: {kind} count: {count} }} ]\n"
             + "".join(
                 f'parameters {{ key: "{key}" value {{ string_value: "{value}" }} }}\n'
@@ -128,12 +129,28 @@ class Server:
         link.unlink(missing_ok=True)
         link.symlink_to(path.resolve())
 
+    def add_floor(self, name: str, like: str, *, batch_size: int) -> None:
+        """A model with the inputs and outputs of a loaded one that answers at once, on a CPU instance of
+        Triton's Python backend: all that a request costs without us (floor_model.py)."""
+        config = self.client.config(like)
+        tensors = "".join(
+            f'{kind} [ {{ name: "{each["name"]}" data_type: {each["data_type"]} dims: {each["dims"]} }} ]\n'
+            for kind in ("input", "output")
+            for each in config[kind]
+        )
+        self._place(
+            name,
+            f'backend: "python"\nmax_batch_size: {batch_size}\ndynamic_batching {{ }}\n'
+            f"instance_group [ {{ kind: KIND_CPU }} ]\n{tensors}",
+        )
+        shutil.copy(FLOOR_MODEL, self.repository / name / "1" / "model.py")
+
     def _place(self, name: str, config: str) -> None:
         """Write a config; replaced by a rename, so that nobody reads half of it."""
         folder = self.repository / name
         (folder / "1").mkdir(parents=True, exist_ok=True)
         fresh = self._runtime / f"{name}.pbtxt"
-        fresh.write_text('backend: "dstack"\n' + config)
+        fresh.write_text(config)
         fresh.replace(folder / "config.pbtxt")
 
     def load(self, *names: str) -> dict[str, float]:

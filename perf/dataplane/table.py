@@ -13,6 +13,7 @@ CUDA_WANTED = 0.95
 OVERHEAD_WANTED_MS = {"resnet50": 0.4, "mobilenet_v2": 0.4}
 LEVEL_SWITCH_WANTED_MS = 2.0
 EQUAL_WITHIN = 0.05
+RAW_MODES = ("device", "copies", "pauses")
 LEAK_SLACK_BYTES = 16 << 20  # of allocators; a leak of 200 KiB a cycle would show over 100
 
 
@@ -180,21 +181,25 @@ def throughput_table(study: Study, found: Mapping[str, Any]) -> list[str]:
 
 def overhead_table(study: Study, found: Mapping[str, Any]) -> list[str]:
     models = study.result("overhead").get("models", {})
-    stages = list(dict.fromkeys(stage for row in models.values() for stage in row["stages_us"]))
+    stages = list(dict.fromkeys(stage for row in models.values() for stage in sorted(row["stages_us"])))
     rows = [
         [
             model,
-            number(raw_row(study, model, "1").get("latency_ms_p50"), ".3f"),
-            number(raw_row(study, model, "1", "copies").get("latency_ms_p50"), ".3f"),
+            *(number(raw_row(study, model, "1", mode).get("latency_ms_p50"), ".3f") for mode in RAW_MODES),
             number(row["latency_ms_p50"], ".3f"),
             number((found["overhead_ms_p50"] or {}).get(model), ".3f"),
+            number(row.get("floor", {}).get("latency_ms_p50"), ".3f"),
             *(number(row["stages_us"].get(stage)) for stage in stages),
         ]
         for model, row in models.items()
     ]
-    head = ["model", "raw p50, ms", "with copies", "served p50, ms", "served - raw, ms"]
-    head += [f"{stage}, us" for stage in stages]
-    text = "One client, one row at a time; stages are means of the backend's own metrics."
+    head = ["model", "raw p50, ms", "raw with copies", "raw with pauses", "served p50, ms"]
+    head += ["served - raw, ms", "floor p50, ms", *(f"{stage}, us" for stage in stages)]
+    text = (
+        "One client, one row at a time; stages are means of the backend's own metrics. Floor: a model of the"
+        " same tensors in Triton's Python backend that answers at once. Raw with pauses: sleeps of half a"
+        " millisecond between the runs, as the device idles between the requests of one client."
+    )
     return ["## Latency of one client", "", text, "", *table(head, rows)] if rows else []
 
 

@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -33,13 +32,16 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     """Beside a failure: the state of the GPU and the ends of the logs below the test's directory."""
     outcome = yield
     report = outcome.get_result()
-    folder = getattr(item, "funcargs", {}).get("tmp_path")
-    if not report.failed or folder is None:
+    known = getattr(item, "funcargs", {})
+    server = known.get("server")
+    folders = [known.get("tmp_path"), server.repository.parent if server else None]
+    if not report.failed:
         return
     report.sections.append(("nvidia-smi", gpu_state()))
-    for path in sorted([*folder.glob("**/*.log"), *folder.glob("**/*.err")]):
-        lines = path.read_text(errors="replace").splitlines()[-TAIL_LINES:]
-        report.sections.append((str(path.relative_to(folder)), "\n".join(line[:300] for line in lines)))
+    for folder in [folder for folder in folders if folder is not None]:
+        for path in sorted([*folder.glob("**/*.log"), *folder.glob("**/*.err")]):
+            lines = path.read_text(errors="replace").splitlines()[-TAIL_LINES:]
+            report.sections.append((str(path.relative_to(folder)), "\n".join(line[:300] for line in lines)))
 
 
 def pytest_report_header() -> str:
@@ -55,10 +57,3 @@ def gpu_state() -> str:
         [program, f"--query-gpu={QUERY}", "--format=csv,noheader"], capture_output=True, text=True, timeout=20
     )
     return " ".join((asked.stdout or asked.stderr).split())
-
-
-@pytest.fixture
-def folder_of_logs(tmp_path: Path) -> Path:
-    """Where a test's servers write logs that are shown when it fails."""
-    (tmp_path / "logs").mkdir()
-    return tmp_path / "logs"

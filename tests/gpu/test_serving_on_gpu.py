@@ -26,23 +26,24 @@ from fakes import feature_models as made
 
 SHM_CLIENT = Path(__file__).parents[2] / "perf" / "dataplane" / "shm_client.py"
 TOLERANCE = 2e-2  # TF32 against float32
-CYCLES = 5
-INSTANCES = 6
+CYCLES = 3
+INSTANCES = 4
 MEMORY_SLACK_BYTES = 32 << 20  # of the driver's own, for a process that has come and gone
 GONE_LIMIT_S = 30.0
 
 
-@pytest.fixture
-def server(tmp_path: Path, folder_of_logs: Path) -> Iterator[TritonProcess]:
-    """A Triton under an MPS daemon of its own, its repository empty; `env` is what CUDA clients need."""
-    (tmp_path / "models").mkdir()
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonProcess]:
+    """A Triton under an MPS daemon of its own; its repository is empty to begin with."""
+    folder = tmp_path_factory.mktemp("serving")
+    (folder / "models").mkdir()
     with tempfile.TemporaryDirectory(prefix="dstack-gpu-", dir="/tmp") as runtime:  # sockets need short paths
         private = {**os.environ, "XDG_RUNTIME_DIR": runtime, PIPE_VARIABLE: f"{runtime}/nobody"}
-        daemon = MpsDaemon(folder_of_logs / "mps.log", private)
-        environment = {**daemon.start(), SOCKET_VARIABLE: str(tmp_path / "no-arbiter.sock")}
-        log = folder_of_logs / "triton.log"
+        daemon = MpsDaemon(folder / "mps.log", private)
+        environment = {**daemon.start(), SOCKET_VARIABLE: str(folder / "no-arbiter.sock")}
+        log = folder / "triton.log"
         try:
-            with TritonProcess(find_server(), tmp_path / "models", env=environment, log_path=log) as running:
+            with TritonProcess(find_server(), folder / "models", env=environment, log_path=log) as running:
                 yield running
         finally:
             daemon.stop()
@@ -73,14 +74,14 @@ def ask(server: TritonProcess, name: str, rows: int) -> None:
 
 @pytest.mark.parametrize("memory", ["system", "cuda"])
 def test_clients_with_tensors_in_shared_memory_get_right_answers(server: TritonProcess, memory: str) -> None:
-    path = place(server, "dense")
+    path = place(server, "shared")
     with TritonClient(server.grpc_url) as client:
-        client.load("dense")
+        client.load("shared")
     environ = Path(f"/proc/{server.pid}/environ").read_bytes().decode(errors="replace").split("\0")
     theirs = dict(pair.partition("=")[::2] for pair in environ if pair.startswith("CUDA_MPS"))
     run = subprocess.run(
         [
-            sys.executable, str(SHM_CLIENT), server.grpc_url, "dense", str(path), "--memory", memory,
+            sys.executable, str(SHM_CLIENT), server.grpc_url, "shared", str(path), "--memory", memory,
             "--rows", "8", "--concurrency", "4", "--seconds", "1",
         ],
         capture_output=True, text=True, timeout=60, env={**os.environ, **theirs},
@@ -91,29 +92,29 @@ def test_clients_with_tensors_in_shared_memory_get_right_answers(server: TritonP
 
 
 def test_every_instance_of_a_model_serves_and_unloading_ends_them_all(server: TritonProcess) -> None:
-    place(server, "dense", count=INSTANCES)
+    place(server, "many", count=INSTANCES)
     stubs = LocalStubProcesses(server.grpc_url)
     with TritonClient(server.grpc_url) as client:
-        client.load("dense")
-        pids = stubs.pids("dense")
+        client.load("many")
+        pids = stubs.pids("many")
         assert pids is not None and len(pids) == INSTANCES
         for rows in range(1, 4 * INSTANCES):
-            ask(server, "dense", 1 + rows % 16)
-        client.unload("dense")
+            ask(server, "many", 1 + rows % 16)
+        client.unload("many")
     wait_gone(stubs, pids)
 
 
 def test_device_memory_returns_after_loads_and_unloads(server: TritonProcess) -> None:
     """The first cycle is not counted: MPS and Triton keep what they need for later ones."""
-    place(server, "dense")
+    place(server, "cycled")
     stubs = LocalStubProcesses(server.grpc_url)
     used = []
     with TritonClient(server.grpc_url) as client:
         for _ in range(1 + CYCLES):
-            client.load("dense")
-            pids = stubs.pids("dense") or frozenset()
-            ask(server, "dense", 3)
-            client.unload("dense")
+            client.load("cycled")
+            pids = stubs.pids("cycled") or frozenset()
+            ask(server, "cycled", 3)
+            client.unload("cycled")
             wait_gone(stubs, pids)
             time.sleep(0.5)
             used.append(gpu_memory_used(0))
