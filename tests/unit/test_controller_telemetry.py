@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +22,14 @@ from dstack_sched.app.telemetry import (
 )
 from dstack_sched.domain import metrics as table
 from dstack_sched.domain.change import ApplyReport, ModelOutcome
+from dstack_sched.domain.fault import Fault, FaultKind
 from dstack_sched.domain.plan import ModelPlan, Plan, Replica
 from fakes.gpus import GIB, FakeInventory
 from fakes.serving import FakeClock
 
 
-@dataclass(frozen=True)
-class Trouble:
-    kind: str
-    subject: str
-    detail: str = ""
+def trouble(kind: FaultKind, subject: str, detail: str = "") -> Fault:
+    return Fault(kind, subject, 0, detail)
 
 
 PLAN = Plan(
@@ -68,7 +65,6 @@ def test_a_plan_and_a_look_become_metrics(telling) -> None:
     )
     told.changed("message", 2)
     told.load_failed("n", rolled_back=True)
-    told.part("server", up=True)
     told.looked({"m": ModelLook(310.0, 330.0, 300.0, 0.995, 1.1, 12.0, 13.2), "n": ModelLook()})
     assert value(metrics, "dstack_controller_plan_headroom_ratio") == 1.8
     assert value(metrics, "dstack_controller_planned_gpu_share_ratio", model="m", gpu="1") == 0.3
@@ -102,9 +98,9 @@ def test_series_of_what_is_gone_go(telling) -> None:
 def test_faults_are_counted_once_and_their_end_is_timed(telling, tmp_path: Path) -> None:
     told, metrics, clock = telling
     for _ in range(3):
-        told.health.note([Trouble("stub", "m", "stub 12 died")])
+        told.health.note([trouble(FaultKind.STUB_DEAD, "m", "stub 12 died")])
         clock.now += 2.0
-    labels = {"kind": "stub", "subject": "m"}
+    labels = {"kind": "stub_dead", "subject": "m"}
     assert value(metrics, "dstack_faults_total", **labels) == 1
     assert value(metrics, "dstack_faults_present", **labels) == 1
     told.publish()
@@ -112,8 +108,8 @@ def test_faults_are_counted_once_and_their_end_is_timed(telling, tmp_path: Path)
     assert (fault["detail"], fault["since_s"]) == ("stub 12 died", 1_800_000_000)
     told.health.note([])
     assert value(metrics, "dstack_faults_present", **labels) is None
-    assert value(metrics, "dstack_recovery_duration_seconds_sum", kind="stub") == 6.0
-    told.health.note([Trouble("stub", "m")])
+    assert value(metrics, "dstack_recovery_duration_seconds_sum", kind="stub_dead") == 6.0
+    told.health.note([trouble(FaultKind.STUB_DEAD, "m")])
     assert value(metrics, "dstack_faults_total", **labels) == 2
 
 
@@ -158,7 +154,7 @@ def test_serve_s_board_is_written_when_faults_change_and_seldom_else() -> None:
     board = HealthBoard(health, Board(), clock, {"url": "u"})
     for at_s in range(25):
         clock.now = float(at_s)
-        health.note([Trouble("stub_dead", "m")] if 3 <= at_s < 5 else [])
+        health.note([trouble(FaultKind.STUB_DEAD, "m")] if 3 <= at_s < 5 else [])
         board.publish()
     assert [len(each["faults"]) for each in written] == [0, 1, 0, 0]
     assert written[0]["url"] == "u" and written[-1]["updated_s"] == 1_800_000_015
@@ -176,3 +172,14 @@ def test_gpus_as_they_were_read_last() -> None:
         ("dstack_gpu_memory_used_bytes", "0"): 3.0 * GIB, ("dstack_gpu_memory_total_bytes", "0"): 80.0 * GIB,
         ("dstack_gpu_usable", "1"): 0.0,
     }  # fmt: skip
+
+
+def test_parts_are_up_unless_a_fault_says_they_are_away(telling) -> None:
+    told, metrics, _ = telling
+    told.health.note([trouble(FaultKind.ARBITER_AWAY, "arbiter", "no answer")])
+    told.looked({})
+    assert value(metrics, "dstack_controller_part_up", part="server") == 1
+    assert value(metrics, "dstack_controller_part_up", part="arbiter") == 0
+    told.health.note([])
+    told.looked({})
+    assert value(metrics, "dstack_controller_part_up", part="arbiter") == 1

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from dstack_sched.app.gpus import GpuState
 from dstack_sched.domain import metrics as table
 from dstack_sched.domain.change import ApplyReport
+from dstack_sched.domain.fault import Fault, FaultKind
 from dstack_sched.domain.metrics import Metric, Sample
 from dstack_sched.domain.plan import Plan
 from dstack_sched.ports import Clock, Metrics, StatusBoard
@@ -32,17 +33,6 @@ class NoBoard:
     """ports.StatusBoard that keeps nothing."""
 
     def write(self, document: Mapping[str, Any]) -> None: ...
-
-
-class Fault(Protocol):
-    """What is wrong with what: kind from a small set, subject a model, GPU or service, detail one line."""
-
-    @property
-    def kind(self) -> str: ...
-    @property
-    def subject(self) -> str: ...
-    @property
-    def detail(self) -> str: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +82,10 @@ class HealthTelemetry:
     def restarted(self, service: str) -> None:
         """A service was started again."""
         self._metrics.count(table.SERVICE_RESTARTS, service=service)
+
+    def kinds(self) -> set[str]:
+        """The kinds of the faults that are there now."""
+        return {kind for kind, _ in self._present}
 
     def document(self) -> list[dict[str, Any]]:
         """The faults that are there now, as plain JSON types; since_s is Unix time."""
@@ -210,7 +204,7 @@ class ControllerTelemetry:
         }
 
     def part(self, name: str, *, up: bool) -> None:
-        """Whether server, arbiter or mps answers."""
+        """Whether server or arbiter answers."""
         self._parts[name] = up
         self._metrics.set(table.CONTROLLER_UP, float(up), part=name)
 
@@ -240,6 +234,9 @@ class ControllerTelemetry:
 
     def publish(self) -> None:
         """Bring the board up to date."""
+        away = self.health.kinds()
+        self.part("server", up=FaultKind.SERVER_AWAY not in away)
+        self.part("arbiter", up=FaultKind.ARBITER_AWAY not in away)
         self._board.write(
             {
                 "version": 1,

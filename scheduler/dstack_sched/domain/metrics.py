@@ -97,7 +97,7 @@ CONTROLLER_STARTED = _gauge(
     "dstack_controller_start_time_seconds", "When the controller started, Unix time", unit="seconds"
 )
 CONTROLLER_UP = _gauge(
-    "dstack_controller_part_up", "1 while this part answers the controller: server, arbiter, mps", "part"
+    "dstack_controller_part_up", "1 while this part answers the controller: server, arbiter", "part"
 )
 ROUNDS = _counter(
     "dstack_controller_rounds_total",
