@@ -23,6 +23,11 @@ class PlanRefusedError(InputError):
         super().__init__(text)
         self.model = model
 
+    @property
+    def by_server(self) -> bool:
+        """Whether Triton refused the model; else something stood in the way that may go by itself (a disk)."""
+        return isinstance(self.__cause__, ServerError)
+
 
 class MachineError(DstackError):
     """A part of the machine is missing or busy: server, stub, port, GPU, provider."""

@@ -10,7 +10,7 @@ from typing import Any
 from dstack_sched.adapters.decision_log import FileDecisionLog
 from dstack_sched.app.changes import Reach
 from dstack_sched.app.control_loop import ControlLoop, Round
-from dstack_sched.app.replan import ReplanSettings
+from dstack_sched.app.replan import Held, ReplanSettings
 from dstack_sched.app.telemetry import ControllerTelemetry, NoBoard, NoMetrics
 from dstack_sched.app.watcher import Watcher
 from dstack_sched.domain.change import ApplyReport, ModelOutcome
@@ -104,15 +104,15 @@ class FakeSteps:
         self.profiled.append(names)
         return ProfileSet(CPU, {name: profile(name) for name in names})
 
-    def plan(
-        self, profiles: ProfileSet, workload: Workload, held: Mapping[str, float], *, lenient: bool
-    ) -> Plan:
+    def plan(self, profiles: ProfileSet, workload: Workload, held: Held, *, lenient: bool) -> Plan:
         if self.fail:
             raise self.fail
         slow = {name: p.points[0].latency_ms_p50 / 4.0 for name, p in profiles.models.items()}
         needs = {m.name: slow[m.name] * m.rate_per_s / PEAK_PER_S for m in workload.models}
         total = sum(needs.values())
-        shares = {n: max(10.0, 10.0 * round(10.0 * need / total)) for n, need in needs.items()} | dict(held)
+        shares = {n: max(10.0, 10.0 * round(10.0 * need / total)) for n, need in needs.items()} | {
+            model: percent for model, (percent, _) in held.items()
+        }
         headroom = min(shares[name] / need for name, need in needs.items() if need > 0)
         scale = min(headroom, 1.0)
         rows = {
@@ -139,8 +139,8 @@ class FakeSteps:
         }  # fmt: skip
         return replace(plan, models=rows)
 
-    def stated_shares(self, models: Iterable[str]) -> Mapping[str, float]:
-        return {m: self.in_force[m].gpu_percent for m in models if m in self.in_force}
+    def stated_instances(self, models: Iterable[str]) -> Held:
+        return {m: (self.in_force[m].gpu_percent, 1) for m in models if m in self.in_force}
 
     def tell(self, plan: Plan, profiles: ProfileSet, workload: Workload) -> bool:
         if self.arbiter:
@@ -152,7 +152,8 @@ class FakeSteps:
         for model, new in plan.models.items():
             old = self.in_force.get(model)
             if model == self.refuse:
-                raise PlanRefusedError(model, f"{model}: the plan could not be put in force")
+                text = f"{model}: the plan could not be put in force"
+                raise PlanRefusedError(model, text) from ServerError("out of memory")
             hard = old is None or (old.gpu_percent != new.gpu_percent and model not in reach.levels)
             soft = old is not None and (old.batch_size, old.slo_ms) != (new.batch_size, new.slo_ms)
             load = hard or (soft and not reach.arbiter)

@@ -17,7 +17,9 @@ from dstack_sched.app.overload import BestPlan, best_plan
 from dstack_sched.app.refusals import Refusals
 from dstack_sched.app.replan import (
     Choice,
+    Held,
     ReplanSettings,
+    as_it_is,
     choose,
     moved,
     rates_to_plan,
@@ -50,10 +52,8 @@ class Steps(Protocol):
         """Profiles of these models on this device; measured where they are not stored yet."""
         ...
 
-    def plan(
-        self, profiles: ProfileSet, workload: Workload, held: Mapping[str, float], *, lenient: bool
-    ) -> Plan:
-        """held: model -> GPU% that it keeps. lenient: an SLO below the fastest run is no error."""
+    def plan(self, profiles: ProfileSet, workload: Workload, held: Held, *, lenient: bool) -> Plan:
+        """held: model -> GPU% and instances that it keeps. lenient: an SLO below the fastest run is no error."""
         ...
 
     def reach(self) -> Reach:
@@ -64,8 +64,8 @@ class Steps(Protocol):
         """The plan with what the configs state now in place of its own; models without that are left out."""
         ...
 
-    def stated_shares(self, models: Iterable[str]) -> Mapping[str, float]:
-        """Model -> the GPU% that its config states; those whose config does not are left out."""
+    def stated_instances(self, models: Iterable[str]) -> Held:
+        """Model -> GPU% and instances that its config states; those whose config does not are left out."""
         ...
 
     def tell(self, plan: Plan, profiles: ProfileSet, workload: Workload) -> bool:
@@ -282,31 +282,29 @@ class ControlLoop:
         rows_per_s = sum(model.weight * model.rate_per_s for model in workload.models)
         may_load = cause != "rate" or (self._may_load() and self._settled)
 
-        def make(held: Mapping[str, float]) -> Plan:
+        def make(held: Held) -> Plan:
             return steps.plan(profiles, asked, held, lenient=lenient)
 
-        def as_it_is(held: Mapping[str, float]) -> Plan:
-            return steps.plan(
-                profiles, asked, {**self._shares_in_force(workload, reach), **held}, lenient=lenient
-            )
+        def without_loads(held: Held) -> Plan:
+            return steps.plan(profiles, asked, {**self._in_force(workload, reach), **held}, lenient=lenient)
 
         choice = choose(make, steps.stated, reach, rows_per_s, self._took_s, self._settings)
         self._retry_at_us = None
         if not may_load and loaded(choice.found):
             since_us = self._loaded_at_us or 0
             self._retry_at_us = max(since_us + int(self._settings.cooldown_s * 1e6), self._clock.now_us())
-            live = choose(as_it_is, steps.stated, reach, rows_per_s, self._took_s, self._settings)
+            live = choose(without_loads, steps.stated, reach, rows_per_s, self._took_s, self._settings)
             choice = live if live.plan.models else choice
         if choice.plan.feasible:
             return _Decided(BestPlan(choice.plan, {}, {}), choice, choice.found, reach)
-        held = {model: row.gpu_percent for model, row in choice.plan.models.items()}
+        held = {model: as_it_is(row) for model, row in choice.plan.models.items()}
         best = best_plan(lambda part: steps.plan(profiles, part, held, lenient=lenient), asked)
         return _Decided(best, choice, changes(steps.stated(best.plan), best.plan, reach), reach)
 
-    def _shares_in_force(self, workload: Workload, reach: Reach) -> dict[str, float]:
+    def _in_force(self, workload: Workload, reach: Reach) -> dict[str, tuple[float, int]]:
         """What the configs state of those models whose share is fixed for the life of their process."""
-        named = self._steps.stated_shares(model.name for model in workload.models)
-        return {model: share for model, share in named.items() if model not in reach.levels}
+        named = self._steps.stated_instances(model.name for model in workload.models)
+        return {model: held for model, held in named.items() if model not in reach.levels}
 
     def _put_in_force(
         self, decided: _Decided, profiles: ProfileSet, workload: Workload, current: Round | None
@@ -322,7 +320,7 @@ class ControlLoop:
         except DstackError as error:
             if current is not None:
                 self._steps.tell(current.plan, current.profiles, current.workload)
-            if isinstance(error, PlanRefusedError):
+            if isinstance(error, PlanRefusedError) and error.by_server:
                 self._refusals.refused(error, now_us())
                 self._telemetry.load_failed(error.model, rolled_back=True)
             raise
