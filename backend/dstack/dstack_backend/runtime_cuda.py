@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from dstack_backend.cuda_devices import ordinal_of
 from dstack_backend.cuda_driver import driver
 from dstack_backend.cuda_groups import SmGroups, sm_groups
 from dstack_backend.cuda_host import HostMemory
@@ -54,6 +55,7 @@ def load_cuda_session(
 
         limit_memory(device_id, options.process_memory_limit_bytes)
     limit_process(100.0 if options.levels else gpu_percent)
+    device_id = ordinal_of(device_id)
     cuda = driver(device_id)
     try:
         cache = Cache()

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from dstack_backend.cuda_devices import GPUS_VARIABLE
 from dstack_sched.adapters.clock import SystemClock
 from dstack_sched.adapters.gpu_exclusions import GpuExclusions
 from dstack_sched.adapters.mps import find_daemon
@@ -22,8 +23,6 @@ from dstack_sched.domain.gpu import HostGpus
 from dstack_sched.domain.mps import MpsServer
 from dstack_sched.errors import MachineError
 from dstack_sched.ports import ArbiterClient
-
-GPUS_VARIABLE = "DSTACK_GPUS"  # of a Triton that we start: UUIDs by index, for those that look at it later
 
 ExcludeGpuOption = Annotated[
     list[str] | None,
