@@ -27,17 +27,21 @@ from dstack_sched.adapters.decision_log import FileDecisionLog
 from dstack_sched.adapters.perf_analyzer import input_spec
 from dstack_sched.adapters.repository import DiskRepository
 from dstack_sched.adapters.triton_client import TritonClient
+from dstack_sched.app.planning import PlanOptions
 from dstack_sched.cli.demo import load_all, working_copy
 from dstack_sched.cli.deployment import Deployment
 from dstack_sched.cli.host import Host, HostOptions, open_host
+from dstack_sched.cli.live_steps import LiveSteps
 from report import REPORTS, ROOT, machine, write_report
 from shifting.figures import figures, plot
 from shifting.open_loop import request_bytes
-from shifting.policies import POLICIES, planning_loop
+from shifting.policies import POLICIES, PROFILING
 from shifting.scenario import Script, make_script
 
-# Requests that wait in Triton's queue have no deadline yet: all of them are taken in, and refused when too late.
-PREFETCH = 'parameters { key: "prefetch" value { string_value: "64" } }\n'
+# What waits in Triton's own queue has no deadline yet: there Triton refuses it, after half of the SLO.
+QUEUE = """dynamic_batching {{ max_queue_delay_microseconds: 0
+  default_queue_policy {{ timeout_action: REJECT default_timeout_microseconds: {wait_us} }} }}
+"""
 LEAD_S = 5.0  # the client imports and connects meanwhile
 TAIL_S = 60.0
 
@@ -54,7 +58,7 @@ def main() -> None:
         for model in script.models:
             shutil.copytree(ROOT / "model_repository" / model.name, source / model.name)
             with (source / model.name / "config.pbtxt").open("a") as config:
-                config.write(PREFETCH)
+                config.write(QUEUE.format(wait_us=round(500 * model.slo_ms)))
         profiles = arguments.profiles or home / "profiled"
         for name in arguments.policies.split(","):
             say(f"{name}: starting")
@@ -108,7 +112,8 @@ def profile_once(deployment: Deployment, script: Script, profiles: Path) -> None
     if profiles.is_dir():
         shutil.copytree(profiles / "profiles", deployment.state / "profiles")
         return
-    planning_loop(deployment, script.workload(script.mean_rates()))._profile()
+    wanted = script.workload(script.mean_rates())
+    LiveSteps(deployment, lambda: wanted, PROFILING, PlanOptions()).profile(m.name for m in script.models)
     shutil.copytree(deployment.state / "profiles", profiles / "profiles")
 
 

@@ -33,9 +33,9 @@ class StudyModel:
 # Minutes: all about equal, one hot at a time, two warm, and back. Chosen such that two cores hold every
 # minute under the best shares, and the hot ones not under the shares that are best for the means.
 MODELS = (
-    StudyModel("magika", 4, 200.0, (140, 360, 360, 60, 60, 140, 380, 100, 60, 340)),
-    StudyModel("ocr_recognize", 2, 300.0, (28, 6, 6, 96, 44, 28, 6, 40, 96, 8)),
-    StudyModel("ocr_detect", 1, 300.0, (28, 6, 8, 8, 46, 28, 6, 44, 8, 8)),
+    StudyModel("magika", 4, 200.0, (80, 240, 240, 20, 20, 80, 250, 20, 20, 230)),
+    StudyModel("ocr_recognize", 2, 300.0, (32, 5, 5, 90, 12, 32, 5, 12, 90, 5)),
+    StudyModel("ocr_detect", 1, 300.0, (26, 4, 4, 4, 76, 26, 4, 76, 4, 4)),
 )
 
 

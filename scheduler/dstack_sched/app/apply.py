@@ -72,10 +72,18 @@ def _instance_groups(plan: ModelPlan, config: ModelConfig, gpus: int) -> tuple[I
     """One instance on each GPU of the plan. Without `gpus` Triton makes one on every GPU there is, so only
     on a host with one GPU it need not be told, unless the config names others."""
     on = tuple(sorted(replica.gpu for replica in plan.replicas)) or (plan.gpu,)
+    if on[0] < 0:
+        return _cpu_instances(len(on), config)
     named = {gpu for group in config.instance_groups for gpu in group.gpus}
-    if on[0] < 0 or (gpus <= 1 and not named - set(on)):
+    if gpus <= 1 and not named - set(on):
         return None
     return (InstanceGroup("KIND_GPU", 1, on),)
+
+
+def _cpu_instances(count: int, config: ModelConfig) -> tuple[InstanceGroup, ...] | None:
+    """So many instances on the CPU; a config that leaves it to Triton gets one, and need not say so."""
+    stated = sum(group.count for group in config.instance_groups) or 1
+    return None if stated == count else (InstanceGroup("KIND_CPU", count),)
 
 
 def _number(value: float) -> str:
@@ -95,6 +103,12 @@ def stated_share(config: ModelConfig) -> float:
         return float(config.parameters.get("gpu_percent", 0))
     except ValueError:
         return 0.0
+
+
+def stated_instances(config: ModelConfig) -> tuple[float, int]:
+    """(GPU%, instances) that a config states; 0 and 1 where it does not."""
+    count = sum(group.count * max(1, len(group.gpus)) for group in config.instance_groups)
+    return stated_share(config), max(1, count)
 
 
 def stated_plan(repository: ModelRepository, plan: Plan) -> Plan:
@@ -118,6 +132,10 @@ def stated_plan(repository: ModelRepository, plan: Plan) -> Plan:
 
 def _placement(row: ModelPlan, config: ModelConfig) -> dict[str, Any]:
     """Where the config places the model's instances; nothing where it leaves that to Triton."""
+    if row.gpu < 0:
+        count = sum(group.count for group in config.instance_groups) or 1
+        each = Replica(row.gpu, float(config.parameters["gpu_percent"]), row.rate_per_s / count)
+        return {"replicas": (each,) * count}
     gpus = sorted({gpu for group in config.instance_groups for gpu in group.gpus})
     if not gpus:
         return {}

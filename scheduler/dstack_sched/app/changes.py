@@ -1,10 +1,10 @@
 """What lies between the plan in force and a new one, and the least disruptive way to each change.
 
-message          batch size, SLO, weight, what happens to late requests: the arbiter tells the instance, in
-                 force at the next grant; the config file follows without a load
-level            GPU% of an instance that can change its share from batch to batch: the same
-instance_group   which GPUs a model runs on: Triton makes and ends instances, the others serve on
-reload           GPU% of a process that has one share for life; anything, where no arbiter answers
+- message: batch size, SLO, weight, what happens to late requests. The arbiter tells the instance, in force at
+  the next grant; the config file follows without a load.
+- level: GPU% of an instance that can change its share from batch to batch. The same.
+- instance_group: how many instances, on which GPUs. Triton makes and ends some, the others serve on.
+- reload: GPU% of a process that has one share for life; anything, where no arbiter answers.
 """
 
 from __future__ import annotations
@@ -84,8 +84,10 @@ def _of_model(model: str, before: ModelPlan | None, row: ModelPlan, reach: Reach
     if row.gpu_percent != before.gpu_percent:
         way = Way.LEVEL if reach.arbiter and model in reach.levels else Way.RELOAD
         found.append(Change(model, way, f"GPU% {before.gpu_percent:g} -> {row.gpu_percent:g}"))
-    if _gpus(row) != _gpus(before):
-        found.append(Change(model, Way.INSTANCE_GROUP, f"GPUs {_gpus(before)} -> {_gpus(row)}"))
+    old, new = _gpus(before), _gpus(row)
+    if old != new:
+        what = f"GPUs {old} -> {new}" if set(old) != set(new) else f"instances {len(old)} -> {len(new)}"
+        found.append(Change(model, Way.INSTANCE_GROUP, what))
     return found
 
 
@@ -100,7 +102,7 @@ def counts(found: Collection[Change]) -> Mapping[Way, int]:
 
 
 def _gpus(row: ModelPlan) -> list[int]:
-    return sorted({replica.gpu for replica in row.replicas} or {row.gpu})
+    return sorted(replica.gpu for replica in row.replicas) or [row.gpu]
 
 
 def _ms(slo_ms: float | None) -> str:

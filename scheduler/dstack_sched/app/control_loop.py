@@ -53,7 +53,7 @@ class Steps(Protocol):
         ...
 
     def plan(self, profiles: ProfileSet, workload: Workload, held: Held, *, lenient: bool) -> Plan:
-        """held: model -> GPU% and instances that it keeps. lenient: an SLO below the fastest run is no error."""
+        """held: what models keep of what is in force. lenient: an SLO below the fastest run is no error."""
         ...
 
     def reach(self) -> Reach:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dstack_sched.app.instances import instances
 from dstack_sched.domain.change import ConfigEdit
 from dstack_sched.errors import DstackError, MachineError, PlanRefusedError, ServerError
 from dstack_sched.ports import Clock, EditJournal, ModelRepository, ModelServer, StubProcesses
@@ -112,7 +113,7 @@ class ConfigEdits:
         old_stubs = self._follow(edit)
         if edit.then == "load" and not step.in_force(self._asked().config(edit.model)):
             raise ServerError("Triton serves another config than the one on disk")
-        gone = self._wait_gone(old_stubs)
+        gone = self._wait_gone(edit.model, old_stubs)
         return Done(edit.model, (self._clock.now_us() - began_us) / 1e6, gone)
 
     def _asked(self) -> ModelServer:
@@ -138,11 +139,15 @@ class ConfigEdits:
             self._clock.sleep_s(POLL_S)
         return old_stubs
 
-    def _wait_gone(self, pids: frozenset[int] | None) -> bool | None:
+    def _wait_gone(self, model: str, pids: frozenset[int] | None) -> bool | None:
+        """Until the old stubs are gone, but for those that serve on: where only the number of instances has
+        changed, Triton makes and ends as many as it must."""
         if pids is None:
             return None
         until_us = self._clock.now_us() + int(STUBS_GONE_TIMEOUT_S * 1e6)
         while alive := self._stubs.alive(pids):
+            if self._kept(model, alive):
+                return True
             if self._clock.now_us() > until_us:
                 self._say(
                     f"old stub processes {sorted(alive)} are still there after {STUBS_GONE_TIMEOUT_S:g} s"
@@ -150,6 +155,16 @@ class ConfigEdits:
                 return False
             self._clock.sleep_s(POLL_S)
         return True
+
+    def _kept(self, model: str, alive: frozenset[int]) -> bool:
+        """Whether these old stubs are instances of what is in force now."""
+        now = self._stubs.pids(model)
+        if now is None or not alive <= now:
+            return False
+        try:
+            return len(now) <= instances(self._asked().config(model))
+        except DstackError:
+            return False
 
     # -- the way back -----------------------------------------------------------------------------------
 
@@ -188,7 +203,7 @@ class ConfigEdits:
             return
         try:
             if edit.was_ready:
-                self._wait_gone(self._load(edit.model))
+                self._wait_gone(edit.model, self._load(edit.model))
             else:
                 self._asked().unload(edit.model)
         except DstackError as error:
@@ -239,7 +254,7 @@ class ConfigEdits:
             self._repository.write_config(edit.model, edit.new_text)
         try:
             if edit.then != "nothing":
-                self._wait_gone(self._follow(edit))
+                self._wait_gone(edit.model, self._follow(edit))
         except DstackError as error:
             if not edit.keep:
                 raise

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
-from typing import Any
+from collections.abc import Collection, Iterator
 
 from dstack_sched.app.arbiter_plans import ArbiterPlans
+from dstack_sched.app.instances import instances
 from dstack_sched.app.revive import Reviver
 from dstack_sched.domain.fault import Fault, FaultKind
 from dstack_sched.domain.model_config import BACKEND
@@ -155,12 +155,3 @@ class ArbiterPlanGuard:
     def mend(self, fault: Fault) -> str:
         self._plans.send()
         return "told the plan in force"
-
-
-def instances(config: Mapping[str, Any]) -> int:
-    """Instances, each a stub process, that a config in force asks for (Triton filled in what it left out)."""
-    total = 0
-    for group in config.get("instance_group", ()):
-        gpus = len(group.get("gpus", ())) if group.get("kind") == "KIND_GPU" else 1
-        total += int(group.get("count", 1)) * max(1, gpus)
-    return max(1, total)

@@ -29,9 +29,10 @@ from dstack_sched.policy.joint_program import (
 from dstack_sched.policy.joint_rows import slots_in_force
 from dstack_sched.policy.knee import knee_percent
 from dstack_sched.policy.latency import LatencySurface
-from dstack_sched.policy.runnable import CPU_DRIVER, runnable_grid
+from dstack_sched.policy.runnable import CPU_DRIVER, RunnableGrid, runnable_grid
 
 CPU_INDEX = -1
+BETTER_ON_CORES = 1.1  # headroom over that of one instance a model: instances cost memory and a start
 _JOINT_STEP_PERCENT = 5
 
 Objective = Literal["demand", "efficacy"]
@@ -47,8 +48,8 @@ class PlanOptions:
     each model's batch program alone and only places the results. time_limit_s: for each integer program.
     memory_limits: bound each instance's GPU memory, with room above what was measured. memory_bytes: of
     each GPU, None: all of the profiled device's. clients_of_others: MPS clients not ours, on each GPU.
-    shares: GPU% of models that is held as it is. lenient: an SLO below the fastest run makes a plan that does
-    not fit, no error.
+    held: model -> (GPU%, instances) that stay as they are. lenient: an SLO below the fastest run makes a
+    plan that does not fit, no error.
     """
 
     objective: Objective = "demand"
@@ -62,7 +63,7 @@ class PlanOptions:
     memory_limits: bool = False
     memory_bytes: int | None = None
     clients_of_others: int = 0
-    shares: Mapping[str, float] = field(default_factory=dict)
+    held: Mapping[str, tuple[float, int]] = field(default_factory=dict)
     lenient: bool = False
 
 
@@ -116,7 +117,30 @@ def make_plan(profiles: ProfileSet, workload: Workload, options: PlanOptions = P
             return _nothing(case, slo_too_short(task.surface, task.slo_ms, task.grid))
     if options.objective == "efficacy":
         return _efficacy_plan(case)
-    return _joint_plan(case)
+    return better_on_cores(_joint_plan(case), case)
+
+
+def better_on_cores(whole: Plan, case: _Case) -> Plan:
+    """On a CPU: instances of one thread each, more than one of a model where it pays; else the plan given.
+
+    Threads of one batch wait for each other and instances do not, so several instances of a model serve
+    more than one with as many threads (decisions/0093), only each batch takes longer. To the joint program
+    a core is a device of its own; the engine then lets any instance run on any core.
+    """
+    cores, options = case.device.sms, case.options
+    one = 100.0 / cores if cores else 0.0
+    held = [percent for percent, _ in options.held.values()]
+    plain = options.gpus == 1 and options.capacity_percent is None and not options.minimize_gpus
+    if case.device.driver != CPU_DRIVER or cores < 2 or not plain or any(abs(p - one) > 1e-6 for p in held):
+        return whole
+    if any(task.surface.min_percent > one + 1e-9 for task in case.tasks):
+        return whole
+    tasks = tuple(replace(t, grid=RunnableGrid((one,), t.grid.batches)) for t in case.tasks)
+    split = replace(case, tasks=tasks, capacities=(one,), options=replace(options, gpus=cores))
+    found = _joint_plan(split)
+    if not found.models or found.headroom < BETTER_ON_CORES * whole.headroom:
+        return whole
+    return replace(found, capacity_percent=one * cores)
 
 
 def _case(profiles: ProfileSet, workload: Workload, options: PlanOptions) -> _Case:
@@ -154,8 +178,9 @@ def _case(profiles: ProfileSet, workload: Workload, options: PlanOptions) -> _Ca
                 surfaces[d.name],
                 profiles.device,
                 step_percent=1 if options.objective == "efficacy" else _JOINT_STEP_PERCENT,
-                held_percent=options.shares.get(d.name),
+                held_percent=options.held[d.name][0] if d.name in options.held else None,
             ),
+            replicas=options.held[d.name][1] if d.name in options.held else None,
         )
         for d in workload.models
     )
@@ -354,7 +379,7 @@ def _notes(case: _Case) -> tuple[str, ...]:
 
 
 def _gpu_names(case: _Case, gpus: int) -> tuple[str, ...]:
-    return (case.device.name,) * gpus
+    return (case.device.name,) * (1 if case.device.driver == CPU_DRIVER else gpus)
 
 
 def _gpu_index(case: _Case, gpu: int) -> int:

@@ -25,11 +25,13 @@ from statistics import NormalDist
 
 from dstack_sched.app.changes import Change, Reach, changes, loaded
 from dstack_sched.app.forecast import Forecast
-from dstack_sched.domain.plan import Plan
+from dstack_sched.domain.plan import ModelPlan, Plan
 from dstack_sched.domain.workload import Workload
 
-Planner = Callable[[Mapping[str, float]], Plan]
-"""Shares held (model -> GPU%) -> the best plan with them."""
+Held = Mapping[str, tuple[float, int]]
+"""Model -> the GPU% and the number of instances that it keeps."""
+Planner = Callable[[Held], Plan]
+"""What is held -> the best plan with that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +137,11 @@ def load_cost_rows(
     return cost
 
 
+def as_it_is(row: ModelPlan) -> tuple[float, int]:
+    """What a model keeps when nothing of it is loaded."""
+    return row.gpu_percent, max(1, len(row.replicas))
+
+
 def choose(
     make: Planner,
     stated: Callable[[Plan], Plan],
@@ -156,8 +163,8 @@ def choose(
         total = lost * rows_per_s * settings.horizon_s + cost
         return total, Choice(plan, found, lost, cost, what)
 
-    def held_at(models: Collection[str]) -> dict[str, float]:
-        return {m: in_force.models[m].gpu_percent for m in models if m in in_force.models}
+    def held_at(models: Collection[str]) -> dict[str, tuple[float, int]]:
+        return {m: as_it_is(in_force.models[m]) for m in models if m in in_force.models}
 
     full = make({})
     in_force = stated(full)

@@ -23,7 +23,7 @@ from dstack_sched.adapters.repository import DiskRepository
 from dstack_sched.adapters.stub_processes import LocalStubProcesses
 from dstack_sched.adapters.triton_client import TritonClient
 from dstack_sched.adapters.triton_connection import ConnectionOptions
-from dstack_sched.app.apply import Applier, has_levels, stated_plan, stated_share
+from dstack_sched.app.apply import Applier, has_levels, stated_instances, stated_plan
 from dstack_sched.app.arbiter_plans import ArbiterPlans
 from dstack_sched.app.changes import Reach
 from dstack_sched.app.edits import ConfigEdits
@@ -100,7 +100,15 @@ class Deployment:
 
     @contextmanager
     def edits(self) -> Iterator[ConfigEdits]:
-        """The only one at work on this repository, with nothing half done behind it."""
+        """The only one at work on this repository, with nothing half done behind it.
+
+        Errors: MachineError for a Triton that takes no loads, or while another one is at it.
+        """
+        if not self.server.takes_loads():
+            raise MachineError(
+                f"Triton at {self.server.url} takes no loads (POLL or NONE mode): start it with "
+                "--model-control-mode=explicit"
+            )
         with locked_edits(self.repository, self.server, self.state) as edits:
             yield edits
 
@@ -126,11 +134,11 @@ class Deployment:
         groups = {name: self.repository.config(name).instance_groups for name in models if name in present}
         return {name: frozenset(gpu for each in found for gpu in each.gpus) for name, found in groups.items()}
 
-    def stated_shares(self, models: Iterable[str]) -> dict[str, float]:
-        """Model -> the GPU% that its config states; those whose config does not are left out."""
+    def stated_instances(self, models: Iterable[str]) -> dict[str, tuple[float, int]]:
+        """Model -> GPU% and instances that its config states; those whose config does not are left out."""
         present = self.repository.models()
-        shares = {name: stated_share(self.repository.config(name)) for name in models if name in present}
-        return {name: share for name, share in shares.items() if share > 0}
+        configs = {name: self.repository.config(name) for name in models if name in present}
+        return {name: held for name, config in configs.items() if (held := stated_instances(config))[0] > 0}
 
 
 @contextmanager

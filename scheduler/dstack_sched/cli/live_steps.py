@@ -16,6 +16,7 @@ from dstack_sched.app.changes import Reach
 from dstack_sched.app.host_view import HostView
 from dstack_sched.app.planning import PlanOptions, make_plan
 from dstack_sched.app.profiling import ProfilingOptions
+from dstack_sched.app.replan import Held
 from dstack_sched.cli.common import say, state_dir
 from dstack_sched.cli.deployment import Deployment, check_measured, model_hashes
 from dstack_sched.cli.profile import finish, measure_models, probe_settings
@@ -104,10 +105,8 @@ class LiveSteps:
             results = measure_models(found, store, settings, self._profiling, {})
             return finish(found, results, store, settings, {}, corun=False)
 
-    def plan(
-        self, profiles: ProfileSet, workload: Workload, held: Mapping[str, float], *, lenient: bool
-    ) -> Plan:
-        planning = replace(self._planning, shares=held, lenient=lenient)
+    def plan(self, profiles: ProfileSet, workload: Workload, held: Held, *, lenient: bool) -> Plan:
+        planning = replace(self._planning, held=held, lenient=lenient)
         if self._host is not None:
             where = self._deployment.placement(model.name for model in workload.models)
             planning = replace(planning, host=self._host.host(), current=where)
@@ -119,8 +118,8 @@ class LiveSteps:
     def stated(self, plan: Plan) -> Plan:
         return self._deployment.stated(plan)
 
-    def stated_shares(self, models: Iterable[str]) -> dict[str, float]:
-        return self._deployment.stated_shares(models)
+    def stated_instances(self, models: Iterable[str]) -> Held:
+        return self._deployment.stated_instances(models)
 
     def tell(self, plan: Plan, profiles: ProfileSet, workload: Workload) -> bool:
         return self._deployment.tell(plan, profiles, workload)

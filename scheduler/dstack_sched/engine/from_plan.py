@@ -21,8 +21,8 @@ def engine_plans(plan: Plan, profiles: ProfileSet, workload: Workload) -> dict[i
         if row is None:
             continue
         surface = surfaces.get(demand.name)
-        placed = [(r.gpu, r.gpu_percent) for r in row.replicas] or [(row.gpu, row.gpu_percent)]
-        for gpu, percent in placed:
+        placed = {r.gpu: r.gpu_percent for r in row.replicas} or {row.gpu: row.gpu_percent}
+        for gpu, percent in placed.items():
             model = engine_model(demand, row, percent, surface, interference)
             by_gpu.setdefault(gpu, []).append(model)
     return {gpu: PlanChanged(plan.capacity_percent, tuple(models)) for gpu, models in by_gpu.items()}

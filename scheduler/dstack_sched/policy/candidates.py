@@ -33,7 +33,8 @@ _KEPT_FOR_WAITING = (0.0, 0.2, 0.4, 0.6, 0.8)
 
 @dataclass(frozen=True, slots=True)
 class JointTask:
-    """One model as the joint program sees it. slo_ms None: best effort, planned for but promised nothing."""
+    """One model as the joint program sees it. slo_ms None: best effort, planned for but promised nothing.
+    replicas: exactly so many, None: as many as are best."""
 
     surface: LatencySurface
     slo_ms: float | None
@@ -41,6 +42,7 @@ class JointTask:
     weight: float
     memory_bytes: int
     grid: RunnableGrid
+    replicas: int | None = None
 
     @property
     def name(self) -> str:
@@ -124,7 +126,7 @@ def candidates(
             for alone, kept in found.items():
                 latency_ms = float(alone_ms[i, j] * (1.0 if alone else slowdown[i]))
                 one = _at(task, (float(p), int(sizes[j]), 1), latency_ms, alone, rate_scale)
-                for replicas in _replica_counts(one, capacity_percent, gpus, every_count):
+                for replicas in _replica_counts(one, task.replicas, capacity_percent, gpus, every_count):
                     point = (one.gpu_percent, one.batch_size, replicas)
                     item = one if replicas == 1 else _at(task, point, latency_ms, alone, rate_scale)
                     if item.slack_ms >= 0 and item.utilization <= 1 + 1e-9:
@@ -178,8 +180,13 @@ def _batches(task: JointTask, latency_ms: Array, fill_ms: Array) -> set[int]:
     return {int(each[-1]) for each in fits if each.size}
 
 
-def _replica_counts(one: Candidate, capacity_percent: float, gpus: int, every_count: bool) -> range:
-    """From the fewest replicas that one alone would overload; one more for a model that nearly fills them."""
+def _replica_counts(
+    one: Candidate, held: int | None, capacity_percent: float, gpus: int, every_count: bool
+) -> range:
+    """From the fewest replicas that one alone would overload; one more for a model that nearly fills them.
+    held: that many and no others."""
+    if held is not None:
+        return range(held, held + 1) if held <= gpus else range(0)
     least = max(1, math.ceil(one.utilization - 1e-9))
     if every_count:
         return range(least, gpus + 1)
