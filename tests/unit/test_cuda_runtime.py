@@ -189,6 +189,8 @@ def test_shared_memory_that_is_seen_again_is_read_by_the_device(
     rig: Rig, session: CudaSession, shared: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cuda_slots, "GATHER_BELOW_BYTES", 3 * 64)
+    clock = itertools.count(0, cuda_host.SETTLED_S / 8)
+    monkeypatch.setattr(session._host, "_now", lambda: next(clock))
     turns = 2 * cuda_host.SIGHTINGS
     for turn in range(turns):
         shared[:200] = x = rig.rows(200)

@@ -2,7 +2,7 @@
 when seen.
 
 Requests come as views of shared memory that Triton maps into the stub. Such a mapping is registered with
-CUDA once it has been seen a few times (it grows at first, and each size is a mapping of its own); from then
+CUDA once it has been seen for a while (it grows at first, and each size is a mapping of its own); from then
 on a request's rows go to the device without a copy on the host. Triton's stub keeps its mappings until the
 process ends (SharedMemoryManager::old_shm_maps_), so an address that was registered stays what it was."""
 
@@ -11,7 +11,10 @@ from __future__ import annotations
 import bisect
 import logging
 import threading
-from collections import Counter
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +26,25 @@ from dstack_backend.tensors import Array
 log = logging.getLogger("dstack")
 
 SHARED = "/dev/shm/"  # noqa: S108
-SIGHTINGS = 4  # of a mapping before it is registered
+SIGHTINGS, SETTLED_S = (
+    4,
+    0.3,
+)  # of a mapping before it is registered: while the memory grows each lives shortly
+MAX_MAPPINGS = 16
 MAX_UNKNOWN = 256  # blocks of addresses that are known to be no shared memory
 _BLOCK_BITS = 21
 MAPS = Path("/proc/self/maps")
+
+
+@dataclass(slots=True)
+class Mapping:
+    """Shared memory that was seen and is not registered yet, or cannot be."""
+
+    start: int
+    end: int
+    first_seen_s: float
+    sightings: int = 0
+    refused: bool = False
 
 
 class HostMemory:
@@ -34,14 +52,14 @@ class HostMemory:
     driver.
     """
 
-    def __init__(self, cuda: Any):
-        self._cuda = cuda
+    def __init__(self, cuda: Any, now_s: Callable[[], float] = time.monotonic):
+        self._cuda, self._now = cuda, now_s
         self._lock = threading.Lock()
         self._starts: list[int] = []  # of the ranges below, rising
         self._ends: list[int] = []
         self._arrays: list[Array] = []  # allocated
         self._registered: list[int] = []
-        self._sightings: Counter[tuple[int, int]] = Counter()
+        self._mappings: deque[Mapping] = deque(maxlen=MAX_MAPPINGS)  # not registered, the last found first
         self._unknown: set[int] = set()
 
     def allocate(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
@@ -59,31 +77,49 @@ class HostMemory:
                 return True
             if address >> _BLOCK_BITS in self._unknown:
                 return False
-            mapping = shared_mapping(address)
-            if mapping is None or address + size_bytes > mapping[1]:
+            mapping = self._mapping(address)
+            if mapping is None:
                 if len(self._unknown) >= MAX_UNKNOWN:
                     self._unknown.clear()
                 self._unknown.add(address >> _BLOCK_BITS)
                 return False
-            self._sightings[mapping] += 1
-            if self._sightings[mapping] != SIGHTINGS:
-                return False
-            return self._register(*mapping)
+            return (
+                self._is_settled(mapping) and self._register(mapping) and self._is_inside(address, size_bytes)
+            )
 
     def _is_inside(self, address: int, size_bytes: int) -> bool:
         index = bisect.bisect_right(self._starts, address) - 1
         return index >= 0 and address + size_bytes <= self._ends[index]
 
-    def _register(self, start: int, end: int) -> bool:
+    def _mapping(self, address: int) -> Mapping | None:
+        """The shared mapping that holds an address and is not registered."""
+        for mapping in self._mappings:
+            if mapping.start <= address < mapping.end:
+                return mapping
+        bounds = shared_mapping(address)
+        if bounds is None:
+            return None
+        self._mappings.appendleft(Mapping(*bounds, self._now()))
+        return self._mappings[0]
+
+    def _is_settled(self, mapping: Mapping) -> bool:
+        mapping.sightings += 1
+        return mapping.sightings >= SIGHTINGS and self._now() - mapping.first_seen_s >= SETTLED_S
+
+    def _register(self, mapping: Mapping) -> bool:
+        if mapping.refused:
+            return False
+        size_bytes = mapping.end - mapping.start
         try:
-            self._cuda.register(start, end - start)
+            self._cuda.register(mapping.start, size_bytes)
         except DeviceLostError:
             raise
         except DeviceError as error:  # rows of this mapping are copied on the host, as before
-            log.info("shared memory of %d MiB is not registered: %s", (end - start) >> 20, one_line(error))
+            log.info("%d MiB of shared memory are not registered: %s", size_bytes >> 20, one_line(error))
+            mapping.refused = True
             return False
-        self._registered.append(start)
-        self._add(start, end)
+        self._registered.append(mapping.start)
+        self._add(mapping.start, mapping.end)
         return True
 
     def _add(self, start: int, end: int) -> None:
