@@ -60,6 +60,8 @@ def bench(
         shapes=parse_shapes(shape or []),
         data=parse_data(input_data or []),
     )
+    if connection.headers and not http_url:
+        say("perf_analyzer sends no headers over gRPC: where inference is restricted, use --http-url")
     result = bench_workload(
         read_workload(workload),
         connection,
