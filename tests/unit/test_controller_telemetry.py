@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -116,10 +117,11 @@ def test_faults_are_counted_once_and_their_end_is_timed(telling, tmp_path: Path)
 def test_the_board_tells_a_live_controller_from_a_dead_one(telling, tmp_path: Path) -> None:
     told, _, _ = telling
     told.in_force(PLAN)
+    told.planned(replace(PLAN, headroom=1.2), 0.1)  # for rates that rose, and not put in force
     told.looked({"m": ModelLook(310.0)})
     board = read_board(tmp_path)
     assert board is not None and board["running"]
-    assert board["plan"]["models"]["m"]["batch_size"] == 8
+    assert board["plan"]["models"]["m"]["batch_size"] == 8 and board["plan"]["headroom"] == 1.2
     assert board["models"]["m"]["measured_per_s"] == 310.0
     assert board["url"] == "127.0.0.1:8001"
     path = tmp_path / "controller.json"

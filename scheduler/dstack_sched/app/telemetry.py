@@ -135,6 +135,7 @@ class ControllerTelemetry:
         self._about = dict(about or {})
         self._started_s = clock.wall_time_s()
         self._plan: dict[str, Any] | None = None
+        self._fits: dict[str, Any] = {}  # of the last plan made, in force or not: that for the latest rates
         self._last: dict[str, Any] | None = None
         self._looks: Mapping[str, ModelLook] = {}
         self._parts: dict[str, bool] = {}
@@ -146,6 +147,7 @@ class ControllerTelemetry:
         self._metrics.observe(table.PLAN_TIME, took_s)
         self._metrics.set(table.FEASIBLE, float(plan.feasible))
         self._metrics.set(table.HEADROOM, plan.headroom)
+        self._fits = {"feasible": plan.feasible, "headroom": plan.headroom}
 
     def decided(self, outcome: str, cause: str, reason: str) -> None:
         """A round ended. outcome: applied, kept, advised, failed. cause: one of a few words (start, rate,
@@ -188,8 +190,6 @@ class ControllerTelemetry:
         replace(table.SLO, {(name,): row.slo_ms / 1e3 for name, row in rows.items() if row.slo_ms})
         self._plan = {
             "capacity_percent": plan.capacity_percent,
-            "feasible": plan.feasible,
-            "headroom": plan.headroom,
             "models": {
                 name: {
                     "gpu_percent": row.gpu_percent,
@@ -244,7 +244,7 @@ class ControllerTelemetry:
                 "started_s": round(self._started_s, 3),
                 "updated_s": round(self._clock.wall_time_s(), 3),
                 "parts": dict(self._parts),
-                "plan": self._plan,
+                "plan": self._plan and {**self._plan, **self._fits},
                 "last_round": self._last,
                 "models": {name: asdict(look) for name, look in self._looks.items()},
                 "faults": self.health.document(),
