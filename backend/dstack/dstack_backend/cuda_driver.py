@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import math
 import threading
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -61,6 +62,7 @@ class Driver:
             raise DeviceError(
                 f"no CUDA driver: {error}; use a CPU instance (KIND_CPU) on this host"
             ) from error
+        self._declare()
         self._current = threading.local()
         self.device_id = device_id
         self.call("cuInit", 0)
@@ -69,6 +71,18 @@ class Driver:
         self._context = _HANDLE()
         self.call("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), self.device)
         self._setup_stream = self.stream()
+
+    def _declare(self) -> None:
+        """What the calls of every batch take: ctypes then converts plain integers by itself, which is
+        quicker.
+        """
+        self._record = self._quickly("cuEventRecord", _HANDLE, _HANDLE)
+        self._hold = self._quickly("cuStreamWaitEvent", _HANDLE, _HANDLE, ctypes.c_uint)
+        self._to_device = self._quickly("cuMemcpyHtoDAsync_v2", _POINTER, _HANDLE, _SIZE, _HANDLE)
+        self._to_host = self._quickly("cuMemcpyDtoHAsync_v2", _HANDLE, _POINTER, _SIZE, _HANDLE)
+        self._copy = self._quickly("cuMemcpyDtoDAsync_v2", _POINTER, _POINTER, _SIZE, _HANDLE)
+        self._elapsed = self._quickly("cuEventElapsedTime", _HANDLE, _HANDLE, _HANDLE)
+        self._launch = self._quickly("cuGraphLaunch", _HANDLE, _HANDLE)
 
     # Contexts and memory
 
@@ -172,11 +186,11 @@ class Driver:
 
     def record(self, event: int, stream: int) -> None:
         """The event happens once the stream has done what it holds now."""
-        self.queue("cuEventRecord", _HANDLE(event), _HANDLE(stream))
+        self._record(event, stream)
 
     def hold(self, stream: int, event: int) -> None:
         """What the stream gets from now on waits for the event."""
-        self.queue("cuStreamWaitEvent", _HANDLE(stream), _HANDLE(event), ctypes.c_uint(0))
+        self._hold(stream, event, 0)
 
     def wait(self, stream: int) -> None:
         """Until all that the stream holds is done. A device fault of an earlier call surfaces here."""
@@ -189,26 +203,20 @@ class Driver:
     def elapsed_us(self, start: int, end: int) -> int:
         """Device time between two events that have happened."""
         elapsed_ms = ctypes.c_float()
-        self.queue("cuEventElapsedTime", ctypes.byref(elapsed_ms), _HANDLE(start), _HANDLE(end))
+        self._elapsed(ctypes.byref(elapsed_ms), start, end)
         return round(elapsed_ms.value * 1000)
 
     def to_device(self, pointer: int, source: int, size_bytes: int, stream: int) -> None:
         """Queue a copy from page-locked host memory."""
-        self.queue(
-            "cuMemcpyHtoDAsync_v2", _POINTER(pointer), _HANDLE(source), _SIZE(size_bytes), _HANDLE(stream)
-        )
+        self._to_device(pointer, source, size_bytes, stream)
 
     def to_host(self, target: int, pointer: int, size_bytes: int, stream: int) -> None:
         """Queue a copy to page-locked host memory."""
-        self.queue(
-            "cuMemcpyDtoHAsync_v2", _HANDLE(target), _POINTER(pointer), _SIZE(size_bytes), _HANDLE(stream)
-        )
+        self._to_host(target, pointer, size_bytes, stream)
 
     def copy(self, target: int, source: int, size_bytes: int, stream: int) -> None:
         """Queue a copy within the device."""
-        self.queue(
-            "cuMemcpyDtoDAsync_v2", _POINTER(target), _POINTER(source), _SIZE(size_bytes), _HANDLE(stream)
-        )
+        self._copy(target, source, size_bytes, stream)
 
     # Graphs
 
@@ -237,7 +245,7 @@ class Driver:
         self.call("cuGraphDestroy", _HANDLE(graph))
 
     def launch(self, executable: int, stream: int) -> None:
-        self.queue("cuGraphLaunch", _HANDLE(executable), _HANDLE(stream))
+        self._launch(executable, stream)
 
     def destroy_executable(self, executable: int) -> None:
         self.use()
@@ -284,11 +292,17 @@ class Driver:
         if status:
             raise self._error(name, status)
 
-    def queue(self, name: str, *arguments: Any) -> None:
-        """A call that returns at once: with the GIL."""
-        status = getattr(self._quick, name)(*arguments)
-        if status:
-            raise self._error(name, status)
+    def _quickly(self, name: str, *types: Any) -> Callable[..., None]:
+        """A call that returns at once, for plain integers: with the GIL."""
+        function = getattr(self._quick, name)
+        function.argtypes, function.restype = types, ctypes.c_int
+
+        def call(*arguments: Any) -> None:
+            status = function(*arguments)
+            if status:
+                raise self._error(name, status)
+
+        return call
 
     def entry(self, name: str, version: int) -> Any:
         """A function as of a CUDA version (12040 for 12.4), as a callable that returns its status. Errors:
