@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from dstack_sched.adapters.arbiter_process import ArbiterProcess
+from dstack_sched.adapters.logs import LogOptions
 from dstack_sched.errors import MachineError
 
 
@@ -39,8 +40,9 @@ def test_own_another_s_and_a_dead_one(tmp_path: Path) -> None:
     assert not second.answers() and not socket.exists()
 
 
-def test_one_that_does_not_start_says_why(tmp_path: Path) -> None:
-    process = ArbiterProcess(tmp_path / "a.sock", tmp_path / "log", policy="no-such-policy")
-    with pytest.raises(MachineError, match=r"the arbiter did not start: .*no-such-policy"):
+@pytest.mark.parametrize("log", [None, LogOptions("json")])
+def test_one_that_does_not_start_says_why(tmp_path: Path, log: LogOptions | None) -> None:
+    process = ArbiterProcess(tmp_path / "a.sock", tmp_path / "log", policy="no-such-policy", log=log)
+    with pytest.raises(MachineError, match=r"^the arbiter did not start: [^{]*no-such-policy"):
         process.start()
     assert process.pid is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from pathlib import Path
@@ -87,9 +88,14 @@ class ArbiterProcess:
 
 
 def last_line(log_path: Path) -> str:
-    """The last line of a short log, or where to look."""
+    """The last line of a short log, of a JSON one its message; or where to look."""
     try:
         lines = log_path.read_text(errors="replace").strip().splitlines()
     except OSError:
         lines = []
-    return lines[-1] if lines else f"see {log_path}"
+    if not lines:
+        return f"see {log_path}"
+    try:
+        return str(json.loads(lines[-1])["message"])
+    except (ValueError, TypeError, KeyError):
+        return lines[-1]
