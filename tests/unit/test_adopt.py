@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +16,7 @@ from dstack_sched.adapters.originals import FILE_NAME
 from dstack_sched.adapters.repository import DiskRepository
 from dstack_sched.app.adopt import Adoption
 from dstack_sched.app.edits import ConfigEdits, Done
+from dstack_sched.app.suitability import served_versions
 from dstack_sched.domain.adoption import Verdict
 from dstack_sched.domain.model_config import ConfigChange
 from dstack_sched.errors import DstackError, InputError, PlanRefusedError
@@ -94,6 +96,22 @@ def test_each_model_of_the_corpus_is_judged_as_it_should_be(name: str, verdicts:
     assert case.why in verdict.why
     assert "\n" not in verdict.why
     assert any(case.note in note for note in verdict.notes) or not case.note, verdict.notes
+
+
+@pytest.mark.parametrize(
+    ("policy", "served"),
+    [
+        ({}, (10,)),
+        ({"latest": {"num_versions": 2}}, (2, 10)),
+        ({"latest": {"num_versions": 9}}, (1, 2, 10)),
+        ({"all": {}}, (1, 2, 10)),
+        ({"specific": {"versions": [1, 7]}}, (1,)),
+    ],
+)
+def test_only_versions_that_triton_serves_are_looked_at(
+    policy: dict[str, Any], served: tuple[int, ...]
+) -> None:
+    assert served_versions({"version_policy": policy}, (10, 1, 2)) == served
 
 
 def test_models_on_an_accelerator_are_adopted_where_that_is_asked_for(tmp_path: Path) -> None:
