@@ -17,6 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from dstack_sched.app.mps_guard import ASK_EVERY_S
 from fakes.gpu_site import is_mps, model_of
 from fakes.gpus import NVML_DIR, write_host
 from fakes.load import Load, all_grow, wait_until
@@ -128,7 +129,7 @@ def test_a_killed_daemon_is_started_again_and_its_hanging_clients_are_replaced(
     first = host.daemon().pid
     with Load(host.url, host.models) as load:
         load.wait_for(20)
-        time.sleep(2.5)  # the guard asks once a second, and shows nothing while all is well
+        time.sleep(ASK_EVERY_S + 1.5)  # the guard shows nothing while all is well
         server.kill()
         server.wait()
         host.daemon().send_signal(signal.SIGKILL)

@@ -15,7 +15,7 @@ class World:
         self.told: tuple[MpsServer, ...] | None = (server(501, 11, 12, 99),)
         self.asked = 0
         self.now_us = 0
-        self.guard = MpsGuard(self.servers, self)  # type: ignore[arg-type]
+        self.guard = MpsGuard(self.servers, self, ask_every_s=1.0)  # type: ignore[arg-type]
 
     def servers(self) -> tuple[MpsServer, ...] | None:
         self.asked += 1

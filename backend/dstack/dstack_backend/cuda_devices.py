@@ -1,8 +1,8 @@
 """Which of this process's CUDA devices is Triton's GPU N.
 
 CUDA numbers devices when a process starts. When a GPU has gone meanwhile, those behind it have moved up in a
-new stub, while the server goes on with its own numbers: GPU 2 would be taken for GPU 1. `dstackctl serve` tells
-its children the UUIDs by the server's numbers ($DSTACK_GPUS), so that they can tell.
+new stub, while the server goes on with its own numbers: GPU 2 would be taken for GPU 1. `dstackctl serve`
+tells its children the UUIDs by the server's numbers ($DSTACK_GPUS), so that they can tell.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from dstack_sched.ports import StubProcesses
 
 GRACE_S = 2.0
 FAULT_GRACE_S = 5.0  # clients that are not stopped by the fault may finish what they run
-ASK_EVERY_S = 1.0  # asking starts NVIDIA's control program
+ASK_EVERY_S = 2.0  # asking starts NVIDIA's control program, three times
 DAEMON = "MPS daemon"
 CLIENTS = "MPS clients"
 
@@ -42,6 +42,7 @@ class MpsGuard:
     servers: Callable[[], tuple[MpsServer, ...] | None]
     stubs: StubProcesses
     kind: FaultKind = FaultKind.MPS_DEAD
+    ask_every_s: float = ASK_EVERY_S
     _servers: dict[int, Seen] = field(default_factory=dict)
     _answered: bool = False
     _away_since_us: int = 0
@@ -49,7 +50,7 @@ class MpsGuard:
     _hung: frozenset[int] = frozenset()
 
     def look(self, now_us: int) -> list[Fault]:
-        if self._asked_us is None or now_us - self._asked_us >= ASK_EVERY_S * 1e6:
+        if self._asked_us is None or now_us - self._asked_us >= self.ask_every_s * 1e6:
             self._asked_us = now_us
             self._ask(now_us)
         faults = []
