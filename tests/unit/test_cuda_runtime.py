@@ -479,6 +479,21 @@ def test_wanted_groups_are_taken_once_they_are_prepared(rig: Rig) -> None:
     rig.cuda.assert_nothing_left()
 
 
+def test_groups_named_to_a_fixed_share_are_ignored(rig: Rig, session: CudaSession) -> None:
+    """As are groups that the device has not."""
+    x = rig.rows(3)
+    running = session.launch(session.stage({"x": x}), sm_groups=0b1111, gpu_percent=25)
+    rig.check(running.outputs(), x)
+    assert (running.sm_groups, running.gpu_percent) == (0, 50)
+    running.close()
+    assert session._shelf._wishing is None
+    levelled = rig.load(sizes=[4], levels=(25.0,))
+    running = levelled.launch(levelled.stage({"x": x}), sm_groups=1 << GROUPS)
+    assert running.sm_groups == levelled._levels.mask()
+    running.close()
+    levelled.close()
+
+
 def test_programs_on_demand_leave_memory_to_others(rig: Rig) -> None:
     session, x = rig.load(levels=(25.0,)), rig.rows(4)
     rig.cuda.others_bytes = cuda.TOTAL_BYTES - (1 << 29)

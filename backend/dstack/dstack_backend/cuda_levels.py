@@ -28,6 +28,10 @@ class Levels:
         wanted = self._own if gpu_percent is None else self._count(gpu_percent)
         return self._masks[min(self._masks, key=lambda count: (abs(count - wanted), count))]
 
+    def clip(self, sm_groups: int) -> int:
+        """The groups of a mask that there are; 0 where the share is fixed."""
+        return sm_groups & ((1 << self.groups) - 1)
+
     @property
     def homes(self) -> list[int]:
         """The masks to prepare, the one of a run that names no level first: 0 where there are no levels."""

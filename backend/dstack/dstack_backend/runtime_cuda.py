@@ -237,7 +237,8 @@ class CudaSession(TwoPhases):
         try:
             with as_run_errors(self._cuda), self._shelf.launching:
                 self._cuda.use()
-                self._queue(staged, names, tuple(device_outputs), sm_groups or self._levels.mask(gpu_percent))
+                mask = self._levels.clip(sm_groups) or self._levels.mask(gpu_percent)
+                self._queue(staged, names, tuple(device_outputs), mask)
         except BaseException:
             staged.close()
             raise
