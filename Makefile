@@ -42,6 +42,14 @@ test: setup models ## pass the tests (those of a GPU and the long studies apart)
 test-gpu: $(if $(PYTHON_OF_GPU),,setup) ## the tests that need an NVIDIA GPU
 	$(or $(PYTHON_OF_GPU),$(BIN)/python) -m pytest -q -m "gpu and not slow" tests/gpu
 
+.PHONY: test-faults
+test-faults: setup ## every fault on a real Triton under load; figures in run/faults.json
+	mkdir -p run && rm -f run/faults.json
+	OPENBLAS_NUM_THREADS=1 DSTACK_FAULTS_REPORT=run/faults.json $(BIN)/python -m pytest -q \
+	  tests/unit/test_health.py tests/unit/test_apply.py tests/integration/test_arbiter_faults.py \
+	  tests/integration/test_serve.py tests/integration/test_apply_on_triton.py \
+	  tests/integration/test_faults.py tests/integration/test_faults_of_disks_and_clocks.py
+
 .PHONY: lint
 lint: setup ## ruff and the import rules
 	$(BIN)/ruff check .
@@ -63,6 +71,10 @@ perf-engine: setup ## time of a decision and of a grant's round trip -> perf/rep
 .PHONY: perf-simulation
 perf-simulation: setup ## every policy in every simulated cell -> perf/reports/simulation.json and .md
 	$(BIN)/python perf/simulation.py
+
+.PHONY: perf-soak
+perf-soak: setup ## half an hour under load with a fault a minute: what grows, what is lost -> perf/reports/soak.json
+	$(BIN)/python perf/soak.py $(SOAK)
 
 .PHONY: perf-h100-profiles
 perf-h100-profiles: ## on a GPU host with torch: profile eight models -> perf/reports/h100/profiles.json
