@@ -4,6 +4,7 @@ behind.
 
 from __future__ import annotations
 
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from dstack_backend.optimized import CACHE_VARIABLE
 from dstack_backend.runtime import load_session
 from dstack_backend.session import Session
 from dstack_backend.tensors import DeviceArray
-from fakes.feature_models import save
+from fakes.feature_models import fixed, save
 from fakes.networks import CHANNELS, SIDE, convolutional
 
 pytestmark = pytest.mark.gpu
@@ -141,6 +142,38 @@ def test_tensors_on_the_device(path: Path, reference: Session) -> None:
     check([got], image, reference)
     running.close()
     cuda.free(pointer)
+    session.close()
+
+
+def test_shared_memory_is_read_by_the_device_itself(path: Path, reference: Session) -> None:
+    """As Triton's stub maps it: registered once it has settled, right before and after."""
+    session, rows = load(path), 64
+    with tempfile.NamedTemporaryFile(dir="/dev/shm") as file:
+        image = images(rows)
+        file.truncate(image.nbytes)
+        shared = np.asarray(np.memmap(file.name, np.float32, "r+").reshape(image.shape))
+        for turn in range(12):
+            shared[:] = image = images(rows, turn)
+            first = 5 * turn
+            parts = [shared[first : first + 6], shared[2:3]]  # one of 72 KiB, and one that is gathered
+            running = session.launch(session.stage({"image": parts}))
+            check(running.outputs(), np.concatenate([image[first : first + 6], image[2:3]]), reference)
+            running.close()
+            time.sleep(0.05)
+        assert session._host._registered  # type: ignore[attr-defined]
+        session.close()
+
+
+def test_a_model_of_fixed_shapes(tmp_path: Path) -> None:
+    save(fixed(), tmp_path / "fixed.onnx")
+    session = load(tmp_path / "fixed.onnx")
+    wanted = load_session(tmp_path / "fixed.onnx", provider="cpu", gpu_percent=100)
+    assert session.graphs == 1
+    for seed in range(3):
+        x = np.random.default_rng(seed).standard_normal((2, 16)).astype(np.float32)
+        for one, other in zip(session.run({"x": x}), wanted.run({"x": x}), strict=True):
+            assert one.shape == other.shape
+            np.testing.assert_allclose(one, other, **TOLERANCE)
     session.close()
 
 
