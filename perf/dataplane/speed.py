@@ -26,17 +26,17 @@ FLOOR = "_floor"
 GRAPH_WINDOW_S = 0.4
 
 
-def speed_server(study: Study) -> Server:
-    """The server of the three parts, with all models loaded at batch size 16. Answers are checked once."""
-    if study.shared is not None:
-        return study.shared
-    server = study.shared = Server(study.options.state / "speed", study.provider)
-    for name in study.models:
-        server.add(name, study.path(name), batch_size=BATCH)
-    study.say(f"loaded in s: {server.load(*study.models)}")
-    for name in study.models:
-        check_answers(study, server, name, name, CHECK_ROWS)
-    return server
+def speed_server(study: Study) -> tuple[Server, list[str]]:
+    """The server of the three parts, and the models that it serves, right, at batch size 16."""
+    if study.shared is None:
+        study.shared = server = Server(study.options.state / "speed", study.provider)
+        for name in study.models:
+            server.add(name, study.path(name), batch_size=BATCH)
+        took_s = study.each(study.models, lambda name: server.load(name)[name], together=True)
+        study.say(f"loaded in s: {took_s}")
+        right = study.each(took_s, lambda name: check_answers(study, server, name, name, CHECK_ROWS))
+        study.shared_models = list(right)
+    return study.shared, study.shared_models
 
 
 def check_answers(study: Study, server: Server, served: str, name: str, rows: int) -> float:
@@ -52,17 +52,19 @@ def check_answers(study: Study, server: Server, served: str, name: str, rows: in
 
 def served(study: Study) -> dict[str, Any]:
     """Throughput at saturation: by model the best of several concurrencies, all of which are listed."""
-    server = speed_server(study)
-    found: dict[str, Any] = {}
-    for name in study.models:
-        found[name] = {
+    server, names = speed_server(study)
+
+    def saturated(name: str) -> dict[str, Any]:
+        found = {
             "client_batch_16": best(study, server, name, BATCH, WHOLE_BATCH_CONCURRENCY),
             "client_batch_1": best(study, server, name, 1, SINGLE_ROW_CONCURRENCY),
             "relative_error": check_answers(study, server, name, name, BATCH),
         }
-    if CUDA_MODEL in study.models:
-        found[CUDA_MODEL]["cuda_shared_memory"] = with_cuda_memory(study, server, CUDA_MODEL)
-    return {"models": found}
+        if name == CUDA_MODEL:
+            found["cuda_shared_memory"] = with_cuda_memory(study, server, name)
+        return found
+
+    return {"models": study.each(names, saturated)}
 
 
 def best(
@@ -132,30 +134,28 @@ def overhead(study: Study) -> dict[str, Any]:
     """One client, one row at a time: latency, where it goes by stage (mean microseconds a request), and what
     of it Triton takes: the floor is a model of the same tensors in Triton's Python backend that answers at
     once. The floor's throughput with 16 rows a request bounds what any Python-based backend can serve."""
-    server = speed_server(study)
-    floors = {name: name + FLOOR for name in study.models}
-    for name, floor in floors.items():
-        server.add_floor(floor, name, batch_size=BATCH)
-    server.load(*floors.values())
-    found: dict[str, Any] = {}
+    server, names = speed_server(study)
     before = server.metrics()
-    for name in study.models:
-        found[name] = perf_analyzer(server, name, concurrency=1).as_dict()
+    found = study.each(names, lambda name: perf_analyzer(server, name, concurrency=1).as_dict())
     after = server.metrics()
-    for name, floor in floors.items():
-        alone = perf_analyzer(server, floor, concurrency=1)
-        full = perf_analyzer(server, floor, concurrency=WHOLE_BATCH_CONCURRENCY[0], client_batch=BATCH)
-        found[name]["stages_us"] = stage_means_us(before, after, name)
-        found[name]["floor"] = {
-            "latency_ms_p50": alone.latency_ms_p50,
-            "rows_per_s_client_batch_16": full.rows_per_s,
-        }
-        study.say(f"{name}: p50 {found[name]['latency_ms_p50']:.3f} ms, floor {alone.latency_ms_p50:.3f} ms")
-        study.say(
-            f"{name}: {found[name]['stages_us']}; floor {full.rows_per_s:.0f} rows/s of 16-row requests"
-        )
-    server.unload(*floors.values())
+    floors = study.each(found, lambda name: floor(server, name))
+    for name, row in found.items():
+        row["stages_us"] = stage_means_us(before, after, name)
+        row["floor"] = floors.get(name, {})
+        study.say(f"{name}: p50 {row['latency_ms_p50']:.3f} ms, floor {row['floor']}; {row['stages_us']}")
     return {"models": found}
+
+
+def floor(server: Server, name: str) -> dict[str, float]:
+    """Latency of one client and throughput of 16-row clients, without any work of ours."""
+    server.add_floor(name + FLOOR, name, batch_size=BATCH)
+    server.load(name + FLOOR)
+    try:
+        alone = perf_analyzer(server, name + FLOOR, concurrency=1)
+        full = perf_analyzer(server, name + FLOOR, concurrency=WHOLE_BATCH_CONCURRENCY[0], client_batch=BATCH)
+    finally:
+        server.unload(name + FLOOR)
+    return {"latency_ms_p50": alone.latency_ms_p50, "rows_per_s_client_batch_16": full.rows_per_s}
 
 
 def stage_means_us(
@@ -177,18 +177,22 @@ def stage_means_us(
 
 def graphs(study: Study) -> dict[str, Any]:
     """Served throughput with and without CUDA graphs, clients of 1, 4 and 16 rows; the outputs of both."""
-    server = speed_server(study)
-    names = [name for name in GRAPH_MODELS if name in study.models]
-    plain = [name + PLAIN for name in names]
-    for name in names:
+    server, names = speed_server(study)
+    names = [name for name in names if name in GRAPH_MODELS] or names
+
+    def load_plain(name: str) -> str:
         server.add(name + PLAIN, study.path(name), batch_size=BATCH, cuda_graphs="false")
-    server.load(*plain)
-    found: dict[str, Any] = {}
+        server.load(name + PLAIN)
+        return name + PLAIN
+
+    plain = study.each(names, load_plain, together=True)
     try:
-        for name in names:
-            found[name] = {str(rows): with_and_without(study, server, name, rows) for rows in GRAPH_BATCHES}
+        found = study.each(
+            plain,
+            lambda name: {str(rows): with_and_without(study, server, name, rows) for rows in GRAPH_BATCHES},
+        )
     finally:
-        server.unload(*plain)
+        server.unload(*plain.values())
     return {"models": found}
 
 

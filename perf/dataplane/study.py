@@ -6,14 +6,17 @@ import argparse
 import json
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from tritonclient.utils import InferenceServerException
+
 from dataplane.server import Server
 from dstack_backend.device import identity
-from dstack_sched.errors import MachineError
+from dstack_sched.errors import DstackError, MachineError
 from report import commit, now, write_report
 
 COMMAND = "make perf-h100-dataplane"
@@ -36,6 +39,7 @@ class Study:
         options.log.parent.mkdir(parents=True, exist_ok=True)
         options.log.write_text("", encoding="utf-8")
         self.shared: Server | None = None
+        self.shared_models: list[str] = []
 
     def _earlier(self) -> dict[str, Any]:
         try:
@@ -70,6 +74,22 @@ class Study:
     def _note(self, text: str) -> None:
         with self.options.log.open("a", encoding="utf-8") as log:
             log.write(text + "\n")
+
+    def each(
+        self, names: Iterable[str], measure: Callable[[str], Any], *, together: bool = False
+    ) -> dict[str, Any]:
+        """What `measure` finds of each model, one after the other or all together. One that fails is a
+        problem and is left out, the others stand. Errors: MachineError when all fail."""
+        names, found = list(names), {}
+        with ThreadPoolExecutor(max(1, len(names)) if together else 1) as pool:
+            for name, future in [(name, pool.submit(measure, name)) for name in names]:
+                try:
+                    found[name] = future.result()
+                except (DstackError, InferenceServerException) as error:
+                    self.problem(f"{name}: {' '.join(str(error).split())[:400]}")
+        if names and not found:
+            raise MachineError(f"none of {', '.join(names)} could be measured")
+        return found
 
     def run(
         self,

@@ -171,12 +171,21 @@ def throughput_table(study: Study, found: Mapping[str, Any]) -> list[str]:
                 f"{single['rows_per_s']:.0f} ({single['concurrency']} x 1)",
                 number((found["served_over_raw"] or {}).get(model), ".2f"),
                 number((found["cuda_shared_memory_over_raw"] or {}).get(model), ".2f"),
+                number(floor_of(study, model).get("rows_per_s_client_batch_16")),
             ]
         )
     head = ["model", "raw", "raw with copies", "served, clients of 16 rows", "served, clients of 1 row"]
-    head += ["served / raw", "CUDA shm / raw"]
-    text = "Rows per second at batch size 16; system shared memory clients, best concurrency in brackets."
+    head += ["served / raw", "CUDA shm / raw", "floor, clients of 16 rows"]
+    text = (
+        "Rows per second at batch size 16; system shared memory clients, best concurrency in brackets. Floor: a"
+        " model of Triton's Python backend with the same tensors that answers at once."
+    )
     return ["## Throughput at saturation", "", text, "", *table(head, rows)] if rows else []
+
+
+def floor_of(study: Study, model: str) -> Mapping[str, Any]:
+    found: Mapping[str, Any] = study.result("overhead").get("models", {}).get(model, {}).get("floor", {})
+    return found
 
 
 def overhead_table(study: Study, found: Mapping[str, Any]) -> list[str]:
@@ -188,7 +197,7 @@ def overhead_table(study: Study, found: Mapping[str, Any]) -> list[str]:
             *(number(raw_row(study, model, "1", mode).get("latency_ms_p50"), ".3f") for mode in RAW_MODES),
             number(row["latency_ms_p50"], ".3f"),
             number((found["overhead_ms_p50"] or {}).get(model), ".3f"),
-            number(row.get("floor", {}).get("latency_ms_p50"), ".3f"),
+            number(floor_of(study, model).get("latency_ms_p50"), ".3f"),
             *(number(row["stages_us"].get(stage)) for stage in stages),
         ]
         for model, row in models.items()
@@ -196,9 +205,8 @@ def overhead_table(study: Study, found: Mapping[str, Any]) -> list[str]:
     head = ["model", "raw p50, ms", "raw with copies", "raw with pauses", "served p50, ms"]
     head += ["served - raw, ms", "floor p50, ms", *(f"{stage}, us" for stage in stages)]
     text = (
-        "One client, one row at a time; stages are means of the backend's own metrics. Floor: a model of the"
-        " same tensors in Triton's Python backend that answers at once. Raw with pauses: sleeps of half a"
-        " millisecond between the runs, as the device idles between the requests of one client."
+        "One client, one row at a time; stages are means of the backend's own metrics. Raw with pauses: sleeps"
+        " of half a millisecond between the runs, as the device idles between the requests of one client."
     )
     return ["## Latency of one client", "", text, "", *table(head, rows)] if rows else []
 

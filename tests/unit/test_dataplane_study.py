@@ -19,6 +19,7 @@ from dataplane.references import relative_error
 from dataplane.speed import stage_means_us
 from dataplane.study import Study
 from dataplane.table import figures, markdown
+from dstack_sched.errors import MachineError
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +62,15 @@ def test_ratios_are_against_the_raw_loop_without_copies_the_faster_one(study: St
             }
         }
     }
-    study.parts["overhead"] = {"models": {"resnet50": {"latency_ms_p50": 1.35, "stages_us": {"run": 900.0}}}}
+    study.parts["overhead"] = {
+        "models": {
+            "resnet50": {
+                "latency_ms_p50": 1.35,
+                "stages_us": {"run": 900.0},
+                "floor": {"latency_ms_p50": 0.3, "rows_per_s_client_batch_16": 70000.0},
+            }
+        }
+    }
     found = figures(study)
     assert found["served_over_raw"] == {"resnet50": 0.92}
     assert found["cuda_shared_memory_over_raw"] == {"resnet50": 0.94}
@@ -72,7 +81,7 @@ def test_ratios_are_against_the_raw_loop_without_copies_the_faster_one(study: St
         "resnet50: served - raw <= 0.4 ms at p50": True,
     }
     text = markdown(study, found)
-    assert "| resnet50 | 5000 | 2500 | 4600 (4 x 16) | 4000 (4 x 1) | 0.92 | 0.94 |" in text
+    assert "| resnet50 | 5000 | 2500 | 4600 (4 x 16) | 4000 (4 x 1) | 0.92 | 0.94 | 70000 |" in text
     assert "**not met**: resnet50: CUDA shared memory over raw >= 0.95" in text
 
 
@@ -106,6 +115,21 @@ def test_a_failing_part_is_recorded_and_its_figures_stay_away(study: Study, tmp_
     study.run("leak", lambda _: {"cycles": 1}, 1000.0, lambda: None)
     assert "not run" in study.problems[1], "no time for it"
     assert "error" in study.parts["leak"], "what is there stays"
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_one_model_that_fails_does_not_take_the_others_figures_away(study: Study, together: bool) -> None:
+    def measure(name: str) -> str:
+        if name == "vgg19":
+            raise MachineError("out of\nmemory")
+        return name.upper()
+
+    found = study.each(["resnet50", "vgg19", "bert_base"], measure, together=together)
+    assert found == {"resnet50": "RESNET50", "bert_base": "BERT_BASE"}
+    assert study.problems == ["vgg19: out of memory"]
+    assert study.each([], measure, together=together) == {}
+    with pytest.raises(MachineError, match="none of vgg19 could be measured"):
+        study.each(["vgg19"], measure, together=together)
 
 
 def test_parts_of_earlier_runs_stay_unless_they_are_of_another_provider(tmp_path: Path) -> None:
