@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -130,6 +131,8 @@ class FakeDevice:
         self.levels: tuple[float, ...] = ()
         self.groups = self.graphs = self.device_bytes = 0
         self.synchronous, self.on_run = synchronous, on_run
+        self.takes_parts = False
+        self.parts: list[int] = []  # how many parts each batch came in
         self.batches: list[np.ndarray] = []
         self.names: list[list[str]] = []
         self.asked: list[tuple[float | None, int]] = []  # gpu_percent, sm_groups of every launch
@@ -143,10 +146,15 @@ class FakeDevice:
         self.hold = threading.Event()
         self.hold.set()
 
-    def stage(self, feeds: Mapping[str, np.ndarray]) -> FakeBatch:
+    def stage(self, feeds: Mapping[str, Any]) -> FakeBatch:
         self.staged += 1
         self.open += 1
-        return FakeBatch(self, feeds["x"].copy())
+        x = feeds["x"]
+        if isinstance(x, list):
+            assert self.takes_parts
+            self.parts.append(len(x))
+            x = np.concatenate(x)
+        return FakeBatch(self, x.copy())
 
     def launch(
         self,

@@ -515,3 +515,37 @@ def test_many_clients_with_grants_of_all_sizes(rig: Rig, synchronous: bool) -> N
     assert all(request.times_settled == 1 for request in sent)
     assert executor.stats.requests == len(sent)
     assert sum(rows for _, rows, _ in rig.gate.finished) == sum(len(request.x) for request in sent)
+
+
+def test_a_device_that_likes_parts_gets_them_as_they_came(rig: Rig) -> None:
+    """It reads the requests' own memory: no copy on the host."""
+    rig.device.takes_parts = True
+    executor = rig.start()
+    requests = [FakeRequest([1, 2]), FakeRequest(3), FakeRequest([4, 5, 6])]
+    executor.submit(requests)
+    rig.gate.grant(4)
+    rig.gate.grant(4)
+    assert doubled(*requests)
+    assert rig.device.parts == [2]  # the other batch was one request: one array
+
+
+@pytest.mark.parametrize("where", ["_finish", "_take_batch", "_respond"])
+def test_a_defect_in_a_thread_ends_the_instance(
+    rig: Rig, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise the stub stays alive and READY, and every request hangs."""
+    ended = threading.Event()
+    executor = rig.start(on_lost=ended.set)
+    monkeypatch.setattr("dstack_backend.answers.Answers.wait_drained", lambda *_: None)
+
+    def broken(*_: object) -> None:
+        raise AttributeError("a slip")
+
+    monkeypatch.setattr(executor, where, broken)
+    executor.submit([FakeRequest(1), FakeRequest(2)])
+    rig.gate.grant(1)
+    assert ended.wait(PATIENCE_S)
+    refused = FakeRequest(3)
+    executor.submit([refused])
+    assert "a slip" in str(refused.error)
+    rig.device.open = 0  # what the defect held is gone with the process

@@ -71,6 +71,11 @@ class Part:
     stop: int
     at: int = 0
 
+    def rows_of(self, name: str) -> Any:
+        """Its rows of one input; the whole input where the model has no batch dimension."""
+        feed = self.item.feeds[name]
+        return feed[self.start : self.stop] if self.item.batched else feed
+
 
 @dataclass(slots=True)
 class Batch:

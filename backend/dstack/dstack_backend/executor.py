@@ -95,10 +95,10 @@ class Executor:
         self._stopped = False
         self._run_us: dict[int, int] = {}  # last run time by rows: what begin() is told to expect
         self._returned_us = 0  # when submit() last returned with all answered
-        self._threads = [threading.Thread(target=self._device_loop, name="dstack-device", daemon=True)]
-        self._threads += [
-            threading.Thread(target=self._helper_loop, name=f"dstack-helper-{index}", daemon=True)
-            for index in range(HELPERS)
+        loops = [("device", self._device_loop), *((f"helper-{i}", self._helper_loop) for i in range(HELPERS))]
+        self._threads = [
+            threading.Thread(target=self._guarded, args=(loop,), name=f"dstack-{name}", daemon=True)
+            for name, loop in loops
         ]
 
     def start(self) -> None:
@@ -237,6 +237,14 @@ class Executor:
             self.batch_size, self.slo_us, self._reject_late = batch_size, slo_us, reject_late
             self._prefetch_rows = max(1.0, self._prefetch * batch_size)
             self._room.notify_all()
+
+    def _guarded(self, loop: Callable[[], None]) -> None:
+        """A thread of ours that died of a defect would leave an instance READY and silent for ever."""
+        try:
+            loop()
+        except BaseException as error:
+            log.critical("a defect of the backend in %s", threading.current_thread().name, exc_info=True)
+            self.lose(DeviceLostError(f"a defect of the backend: {type(error).__name__}: {one_line(error)}"))
 
     # The device thread
 
@@ -423,15 +431,15 @@ class Executor:
             self._lost = error
             items = self._queue.clear()
             self._room.notify_all()
-        log.error("the device is lost, this process ends: %s", one_line(error))
+        log.error("this process ends: %s", one_line(error))
         for item in items:
             self._answers.settle(item, error)
         threading.Thread(target=self._end_lost, name="dstack-end", daemon=True).start()
 
     def _end_lost(self) -> None:
         """Once all is answered: a stub that dies within a call of Triton's can take the server with it."""
-        self._answers.wait_drained(STOP_S)
         self._gate.close()
+        self._answers.wait_drained(STOP_S)
         self._at_rest.wait(REST_S)
         self._on_lost()
 

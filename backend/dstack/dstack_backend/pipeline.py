@@ -51,6 +51,14 @@ class Job:
         self.stage_us["wait_grant"] = max(0, sum(now_us - item.queued_us for item in items) // count)
 
 
+def parts_of(batch: Batch) -> Feeds:
+    """The inputs of a batch as its requests hold them: one array, or the blocks of rows in their order."""
+    first, *others = batch.parts
+    if not others:
+        return {name: first.rows_of(name) for name in first.item.feeds}
+    return {name: [part.rows_of(name) for part in batch.parts] for name in first.item.feeds}
+
+
 class Pipeline:
     """What is done to a job. Errors of a step are kept in job.error: later steps are skipped, close() is not.
 
@@ -72,15 +80,18 @@ class Pipeline:
         assert batch is not None
         started_ns = time.perf_counter_ns()
         try:
-            with self._lock:
-                job.buffers = self._staging.lease(batch)
-            feeds = self._staging.fill(batch, job.buffers)
+            if self._session.takes_parts:
+                feeds = parts_of(batch)
+            else:
+                with self._lock:
+                    job.buffers = self._staging.lease(batch)
+                feeds = self._staging.fill(batch, job.buffers)
             for name in self._scalars & feeds.keys() if not batch.batched else ():
-                feeds[name] = feeds[name].reshape(())  # type: ignore[union-attr]
-            job.stage_us["gather"] = (time.perf_counter_ns() - started_ns) // 1000
+                feeds[name] = feeds[name].reshape(())
             job.names = batch.outputs_wanted(self._output_names)
             job.on_device = list(job.names) if batch.on_device else []
             job.staged = self._session.stage(feeds)
+            job.stage_us["gather"] = (time.perf_counter_ns() - started_ns) // 1000
         except Exception as error:
             self._fail(job, error)
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from dstack_backend.batching import Batch, Part
 from dstack_backend.interfaces import Feeds
-from dstack_backend.tensors import Array, DeviceArray
+from dstack_backend.tensors import Array
 
 MAX_KEYS = 32
 MAX_BUFFERS_PER_KEY = 8  # more than batches are under way: pinned memory is made once, not again and again
@@ -34,9 +34,8 @@ def aligned(shape: tuple[int, ...], dtype: Any) -> Array:
 
 class Staging:
     """Gathers batches into reused buffers of `max_rows` rows. Requests come as views of shared memory, of any
-    alignment; here is the one place where the host copies them. Rows in device memory are not copied: they
-    become a list of row blocks. Not thread-safe: the caller holds its lock around lease() and release();
-    fill() runs without it.
+    alignment; here is the one place where the host copies them, for sessions that do not take parts. Not
+    thread-safe: the caller holds its lock around lease() and release(); fill() runs without it.
 
     allocate(shape, dtype) makes a buffer; a device may offer pinned memory here.
     """
@@ -57,22 +56,18 @@ class Staging:
         parts = batch.parts
         gathered: Feeds = {}
         for name, first in parts[0].item.feeds.items():
-            if any(isinstance(part.item.feeds[name], DeviceArray) for part in parts):
-                gathered[name] = [_rows(part, name) for part in parts]
-            elif batch.batched:
+            if batch.batched:
                 gathered[name] = self._gather(parts, name, batch.rows, first, buffers)
             else:
                 gathered[name] = self._copy(name, first, buffers)
         return gathered
 
-    def _gather(
-        self, parts: Sequence[Part], name: str, rows: int, first: Array, buffers: Feeds
-    ) -> Array:  # fmt: skip
+    def _gather(self, parts: Sequence[Part], name: str, rows: int, first: Array, buffers: Feeds) -> Array:
         if name not in buffers or len(buffers[name]) < rows:
             self._max_rows = max(self._max_rows, rows)
             buffers[name] = self._allocate((self._max_rows, *first.shape[1:]), first.dtype)
         target: Array = buffers[name][:rows]
-        blocks = [_rows(part, name) for part in parts]
+        blocks = [part.rows_of(name) for part in parts]
         if target.nbytes < SPLIT_BYTES or rows < 2:
             np.concatenate(blocks, out=target)
             return target
@@ -107,12 +102,6 @@ class Staging:
     @staticmethod
     def _key(batch: Batch) -> Any:
         return batch.parts[0].item.key
-
-
-def _rows(part: Part, name: str) -> Any:
-    """The rows of a part in one input; all of it where the model has no batch dimension."""
-    feed = part.item.feeds[name]
-    return feed[part.start : part.stop] if part.item.batched else feed
 
 
 def _between(blocks: Sequence[Array], start: int, stop: int) -> list[Array]:

@@ -276,10 +276,17 @@ class DStackEngine(EngineBase):
                 place = self._reserve(instance, free, now)
             at += 1
         emptied, self._emptied = self._emptied, None
-        if self.standing and not all(entry[3] for entry in ready):
+        if self.standing and (not all(entry[3] for entry in ready) or self._is_crowded()):
             self._revoke_standing(now)
         elif emptied is not None and not ready and not parked:
             self._offer(emptied, now)
+
+    def _is_crowded(self) -> bool:
+        """Whether one with a choice of shares holds a standing grant while others run: what was the best
+        share of an idle GPU is so no more, and takes from theirs."""
+        return bool(self.running) and any(
+            i.standing is not None and len(i.levels) > 1 for i in self.instances.values()
+        )
 
     def _offer(self, instance: Instance, now: int) -> None:
         """A standing grant for an instance without work, where it takes no place from the others."""
@@ -288,14 +295,16 @@ class DStackEngine(EngineBase):
             return
         level = instance.level
         free = self.capacity - self.granted - min(instance.levels[level], self.capacity)
-        if free < -ROUNDING:
-            return
         for other in self.instances.values():
-            active = other is not instance and now - other.active_us <= self.session_us
-            if not active or other.run is not None or other.standing is not None:
+            if other.run is not None or other.standing is not None or other is instance:
                 continue
-            if min(other.levels[other.plan_level], self.capacity) > free + ROUNDING:
+            if now - other.active_us > self.session_us:
+                continue
+            if len(instance.levels) > 1:  # the other's coming changes the share that is best for this one
                 return
+            free -= min(other.levels[other.plan_level], self.capacity)
+        if free < -ROUNDING or (len(instance.levels) > 1 and self.running):
+            return
         instance.expected, instance.deadline_us = 1, now + instance.slo_us
         pick = self._batch(instance, level, now, instance.model.slowdown(self.promised), now)
         self._stand(instance, level, max(1, pick.batch), now)
