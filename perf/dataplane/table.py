@@ -177,8 +177,8 @@ def throughput_table(study: Study, found: Mapping[str, Any]) -> list[str]:
     head = ["model", "raw", "raw with copies", "served, clients of 16 rows", "served, clients of 1 row"]
     head += ["served / raw", "CUDA shm / raw", "floor, clients of 16 rows"]
     text = (
-        "Rows per second at batch size 16; system shared memory clients, best concurrency in brackets. Floor: a"
-        " model of Triton's Python backend with the same tensors that answers at once."
+        "Rows per second at batch size 16; system shared memory clients, best concurrency in brackets. Floor:"
+        " a model of the same tensors in Triton's Python backend that answers at once."
     )
     return ["## Throughput at saturation", "", text, "", *table(head, rows)] if rows else []
 
@@ -205,8 +205,8 @@ def overhead_table(study: Study, found: Mapping[str, Any]) -> list[str]:
     head = ["model", "raw p50, ms", "raw with copies", "raw with pauses", "served p50, ms"]
     head += ["served - raw, ms", "floor p50, ms", *(f"{stage}, us" for stage in stages)]
     text = (
-        "One client, one row at a time; stages are means of the backend's own metrics. Raw with pauses: sleeps"
-        " of half a millisecond between the runs, as the device idles between the requests of one client."
+        "One client, one row at a time; stages are means of the backend's own metrics. Raw with pauses:"
+        " half a millisecond of sleep between runs, as the device idles between the requests of one client."
     )
     return ["## Latency of one client", "", text, "", *table(head, rows)] if rows else []
 
