@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import shutil
+import signal
 import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -42,6 +46,16 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
         for path in sorted([*folder.glob("**/*.log"), *folder.glob("**/*.err")]):
             lines = path.read_text(errors="replace").splitlines()[-TAIL_LINES:]
             report.sections.append((str(path.relative_to(folder)), "\n".join(line[:300] for line in lines)))
+
+
+def pytest_unconfigure() -> None:
+    """A process that does not end is a defect, and says where it stays: in Python after 30 s with the
+    stacks of its threads, in the exit handlers of a library after 60 s by SIGALRM (status 142).
+    """
+    if Path("/dev/nvidiactl").exists():
+        faulthandler.dump_traceback_later(30, exit=True, file=sys.__stderr__)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(60)
 
 
 def pytest_report_header() -> str:

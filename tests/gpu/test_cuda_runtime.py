@@ -7,7 +7,6 @@ from __future__ import annotations
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ import numpy as np
 import pytest
 
 from dstack_backend.cuda_driver import driver
-from dstack_backend.optimized import CACHE_VARIABLE
 from dstack_backend.runtime import load_session
 from dstack_backend.session import Session
 from dstack_backend.tensors import DeviceArray
@@ -27,13 +25,6 @@ pytestmark = pytest.mark.gpu
 BATCH = 8
 TOLERANCE = {"rtol": 2e-2, "atol": 2e-2}  # TF32 and other algorithms
 SPARE_BYTES = 8 << 20  # what CUDA may keep of a load
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(CACHE_VARIABLE, str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 @pytest.fixture(scope="module")
