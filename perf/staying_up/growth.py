@@ -1,14 +1,15 @@
 """Whether something grows: a straight line through what the processes of a role held over time.
 
-For each quantity y of a role: y = a_process + b t + c dead, by least squares over all samples past the
-warm-up of their process. Each process has a level a of its own, so that a restart is no growth; t is time,
-`dead` the number of models that a Triton still holds whose stub was killed (Triton 2.51 never frees such a
-model once a request met it: decisions/0100). b is the growth that is left: ours, and what matters.
+For each quantity y of a role: y = a_group + b t, by least squares. A group is one process, for Triton further
+split by the number of models that it still holds though their stub was killed (Triton 2.51 never frees such
+a model once a request met it: decisions/0100). Each group has a level a of its own, so that neither a restart
+nor a dead stub counts as growth; the first `warm_up_s` of each group are left out. b is the growth that is
+left: ours, and what matters.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,46 +21,53 @@ MIN_SAMPLES = 8
 
 @dataclass(frozen=True)
 class Growth:
-    """level: median. per_hour: b, with its standard error. per_dead_stub: c, None where there was none.
-    over_run: b times the length of the run."""
+    """level: median. per_hour: b, with its standard error; over_run: b times the length of the run.
+    per_dead_stub: mean step of the level with each further model held, None where there was none."""
 
     level: float
     per_hour: float
     per_hour_error: float
-    per_dead_stub: float | None
     over_run: float
+    per_dead_stub: float | None
 
 
 def growths(samples: Sequence[Sample], role: str, warm_up_s: float, run_s: float) -> dict[str, Growth]:
-    """Quantity -> growth of one role; empty where its processes never lived long enough."""
-    kept = [each for each in samples if each.role == role and each.age_s >= warm_up_s]
-    by_process = {each.pid: [other for other in kept if other.pid == each.pid] for each in kept}
-    kept = [each for group in by_process.values() if len(group) >= MIN_SAMPLES for each in group]
+    """Quantity -> growth of one role; empty where no group lasted long enough."""
+    groups: dict[tuple[int, int], list[Sample]] = {}
+    for each in samples:
+        if each.role == role:
+            groups.setdefault((each.pid, each.dead_stubs), []).append(each)
+    kept = {}
+    for (pid, dead), group in groups.items():
+        since_s = group[0].at_s if dead else float("-inf")
+        warm = [e for e in group if e.age_s >= warm_up_s and e.at_s - since_s >= warm_up_s]
+        if len(warm) >= MIN_SAMPLES:
+            kept[pid, dead] = warm
     return {name: growth(kept, name, run_s) for name in QUANTITIES} if kept else {}
 
 
-def growth(samples: Sequence[Sample], quantity: str, run_s: float) -> Growth:
-    """See the module's docstring. Samples of at least one process, MIN_SAMPLES of each."""
-    y = np.array([getattr(each, quantity) for each in samples], float)
-    hours = np.array([each.at_s for each in samples]) / 3600
-    dead = np.array([each.dead_stubs for each in samples], float)
-    pids = sorted({each.pid for each in samples})
-    levels = np.array([[each.pid == pid for pid in pids] for each in samples], float)
-    # Within each process: a constant number of dead stubs says nothing of what one costs.
-    varies = any(len({e.dead_stubs for e in samples if e.pid == pid}) > 1 for pid in pids)
-    columns = [levels, hours[:, None], *([dead[:, None]] if varies else [])]
-    design = np.hstack(columns)
+def growth(groups: Mapping[tuple[int, int], Sequence[Sample]], quantity: str, run_s: float) -> Growth:
+    """See the module's docstring. groups: (process id, dead stubs) -> at least MIN_SAMPLES samples."""
+    y = np.array([getattr(each, quantity) for group in groups.values() for each in group], float)
+    hours = np.array([each.at_s for group in groups.values() for each in group]) / 3600
+    levels = np.repeat(np.eye(len(groups)), [len(group) for group in groups.values()], axis=0)
+    design = np.hstack([levels, hours[:, None]])
     found, _, rank, _ = np.linalg.lstsq(design, y, rcond=None)
     left = y - design @ found
-    freedom = max(1, len(y) - int(rank))
-    covariance = np.linalg.pinv(design.T @ design) * float(left @ left) / freedom
-    slope = len(pids)
+    covariance = np.linalg.pinv(design.T @ design) * float(left @ left) / max(1, len(y) - int(rank))
+    level_of = dict(zip(groups, found, strict=False))
+    steps = [
+        (level_of[pid, dead] - level_of[pid, before]) / (dead - before)
+        for pid, dead in groups
+        for before in [max((d for p, d in groups if p == pid and d < dead), default=None)]
+        if before is not None
+    ]
     return Growth(
         level=float(np.median(y)),
-        per_hour=float(found[slope]),
-        per_hour_error=float(np.sqrt(max(0.0, covariance[slope, slope]))),
-        per_dead_stub=float(found[slope + 1]) if varies else None,
-        over_run=float(found[slope]) * run_s / 3600,
+        per_hour=float(found[-1]),
+        per_hour_error=float(np.sqrt(max(0.0, covariance[-1, -1]))),
+        over_run=float(found[-1]) * run_s / 3600,
+        per_dead_stub=float(np.mean(steps)) if steps else None,
     )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 
 SHM = Path("/dev/shm")
-QUANTITIES = ("pss_mib", "rss_mib", "descriptors", "sockets", "threads")
+QUANTITIES = ("rss_mib", "anonymous_mib", "pss_mib", "descriptors", "sockets", "threads")
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,9 @@ class Sample:
     role: str
     pid: int
     age_s: float
-    pss_mib: float
     rss_mib: float
+    anonymous_mib: float
+    pss_mib: float
     descriptors: int
     sockets: int
     threads: int
@@ -63,8 +64,9 @@ def look_at(process: psutil.Process, at_s: float) -> Sample | None:
         role,
         process.pid,
         age_s=age_s(process.pid),
-        pss_mib=pss_bytes(process.pid) / 2**20,
         rss_mib=memory.rss / 2**20,
+        anonymous_mib=rolled_up(process.pid, "Anonymous") / 2**20,
+        pss_mib=rolled_up(process.pid, "Pss") / 2**20,
         descriptors=len(targets),
         sockets=sum(target.startswith("socket:") for target in targets),
         threads=process.num_threads(),
@@ -95,10 +97,10 @@ def target_of(link: Path) -> str:
         return ""
 
 
-def pss_bytes(pid: int) -> int:
-    """Memory of the process, what it shares with n others counted at 1/n."""
+def rolled_up(pid: int, what: str) -> int:
+    """Bytes. Pss: what is shared with n others counts 1/n; Anonymous: of no file, so nobody else's."""
     for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-        if line.startswith("Pss:"):
+        if line.startswith(f"{what}:"):
             return int(line.split()[1]) * 1024
     return 0
 
