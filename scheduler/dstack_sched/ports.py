@@ -11,7 +11,6 @@ from dstack_sched.domain.change import ConfigEdit
 from dstack_sched.domain.gpu import GpuReading
 from dstack_sched.domain.metrics import Metric
 from dstack_sched.domain.model_config import ConfigChange, ModelConfig
-from dstack_sched.domain.mps import MpsServer
 from dstack_sched.domain.profile import CorunPoint, Device, ModelProfile, ProfilePoint, ProfileSet
 from dstack_sched.domain.served_model import ServedModel
 
@@ -84,10 +83,6 @@ class MpsControl(Protocol):
 
     def available(self) -> bool: ...
     def running(self) -> bool: ...
-    def servers(self) -> tuple[MpsServer, ...] | None:
-        """The servers of the daemon in use, with their clients; None when it does not answer."""
-        ...
-
     def start(self) -> Mapping[str, str]:
         """Start it if need be; returns the environment that clients need."""
         ...

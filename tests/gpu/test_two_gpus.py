@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import time
 from collections.abc import Iterator
@@ -17,8 +18,10 @@ import pytest
 from dstack_sched.adapters.nvml import NvmlInventory
 from dstack_sched.adapters.profile_files import read_profiles, write_profiles
 from dstack_sched.app.planning import PlanOptions, make_plan
+from dstack_sched.domain.plan import Plan
 from dstack_sched.domain.profile import ProfileSet
 from dstack_sched.domain.workload import ModelDemand, Workload
+from dstack_sched.errors import MachineError
 from fakes.gpu_site import GpuSite, note, private_runtime
 from fakes.load import Load, wait_until
 from fakes.site import dstackctl
@@ -28,9 +31,12 @@ MODELS = ("hot", "cold")
 
 
 def gpus() -> int:
+    """How many there are; 0 where NVML fails."""
     inventory = NvmlInventory()
     try:
         return len(inventory.read())
+    except MachineError:
+        return 0
     finally:
         inventory.close()
 
@@ -50,21 +56,28 @@ def call(site: GpuSite, *words: object) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def profiles(tmp_path_factory: pytest.TempPathFactory) -> ProfileSet:
-    """Both models measured on GPU 0, once."""
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Both models measured on GPU 0, once: state/ and profiles.json in this folder."""
     folder = tmp_path_factory.mktemp("profiles")
     with private_runtime() as private:
         site = GpuSite(folder, MODELS, private, slo_ms=SLO_MS)
-        out = folder / "profiles.json"
         call(site, "profile", "measure", site.repository, "--time-budget-s", 15, "--batch-sizes", "1,4,8",
-             "--provider", "cuda", "--state", folder / "state", "--out", out)  # fmt: skip
-    return read_profiles(out)
+             "--provider", "cuda", "--state", folder / "state",
+             "--out", folder / "profiles.json")  # fmt: skip
+    return folder
 
 
 @pytest.fixture
-def site(tmp_path: Path) -> Iterator[GpuSite]:
+def profiles(measured: Path) -> ProfileSet:
+    return read_profiles(measured / "profiles.json")
+
+
+@pytest.fixture
+def site(tmp_path: Path, measured: Path) -> Iterator[GpuSite]:
+    """A site whose controller knows the profiles already."""
     with private_runtime() as private:
         site = GpuSite(tmp_path, MODELS, private, slo_ms=SLO_MS)
+        shutil.copytree(measured / "state" / "profiles", site.state / "profiles")
         try:
             yield site
         finally:
@@ -73,14 +86,17 @@ def site(tmp_path: Path) -> Iterator[GpuSite]:
 
 def rate_for_both(profiles: ProfileSet) -> float:
     """A rate of "hot" that one GPU cannot carry and two can."""
-    rate = 100.0
-    while rate < 1e6:
+
+    def plan(rate: float, count: int) -> Plan:
         wanted = Workload((ModelDemand("hot", SLO_MS, rate), ModelDemand("cold", SLO_MS, 5.0)))
-        one, two = (make_plan(profiles, wanted, PlanOptions(gpus=count)) for count in (1, 2))
+        return make_plan(profiles, wanted, PlanOptions(gpus=count))
+
+    most = 100.0 * plan(100.0, 1).headroom
+    for factor in (1.3, 1.2, 1.4, 1.5, 1.1, 1.6, 1.7, 1.8):
+        one, two = plan(factor * most, 1), plan(factor * most, 2)
         if not one.feasible and two.feasible and len(two.models["hot"].replicas) == 2:
-            return rate
-        rate *= 1.15
-    raise AssertionError("no rate needs two GPUs")
+            return factor * most
+    raise AssertionError(f"no rate beyond {most:g}/s needs two GPUs")
 
 
 def place(site: GpuSite, profiles: ProfileSet, rate: float, *options: object) -> dict[str, tuple[int, ...]]:

@@ -92,6 +92,8 @@ def apply(
         deployment = Deployment(repository, server, state, socket)
         report = deployment.apply(wanted, known, demand_of(wanted))
         report = replace(report, notes=(*report.notes, *notes))
+        for note in notes:
+            say(note)
     if json_output:
         print_json({"version": 1, "reloads": report.reloads, **asdict(report)})
     else:

@@ -129,6 +129,8 @@ class LiveSteps:
         report = self._deployment.rewrite(plan, reach)
         if self._host is not None:
             self._host.put_in_force()
+        for note in notes if report.loads else ():
+            say(note)
         return replace(report, notes=(*report.notes, *notes))
 
     def check_health(self) -> None:
