@@ -305,6 +305,12 @@ def test_a_larger_batch_runs_plainly_until_its_program_is_there(rig: Rig, sessio
     assert "launch" in rig.cuda.log
 
 
+def test_a_much_larger_batch_stays_on_the_plain_path(rig: Rig, session: CudaSession) -> None:
+    x = rig.rows(100)
+    rig.check(session.run({"x": x}), x)
+    assert session._shelf._wishing is None and session.graphs == 4
+
+
 def test_device_outputs_of_the_plain_path(rig: Rig) -> None:
     session = rig.load(sizes=())
     x = rig.rows(3)
@@ -327,6 +333,16 @@ def spoil(monkeypatch: pytest.MonkeyPatch, *, captured: bool) -> None:
         return [each + 1 for each in answers] if self.captured or not captured else answers
 
     monkeypatch.setattr(Program, "answer", answer)
+
+
+def test_weights_that_the_cpu_reads_are_not_shared(rig: Rig, tmp_path: Path) -> None:
+    """ONNX Runtime refuses to capture where nodes run on the CPU; they would read device memory."""
+    rig.no_graphs = True
+    session, x = rig.load(), rig.rows(3)
+    assert rig.sessions.shared_bytes == 0 and not list((tmp_path / "cache").rglob("model.onnx"))
+    rig.check(session.run({"x": x}), x)
+    session.close()
+    rig.cuda.assert_nothing_left()
 
 
 @pytest.mark.parametrize("why", ["refused", "host", "wrong"])
@@ -555,7 +571,7 @@ def test_the_second_load_takes_the_optimised_model_from_the_cache(rig: Rig, tmp_
     first = len(rig.sessions.opened)
     entries = list((tmp_path / "cache" / "optimized").iterdir())
     rig.load().close()
-    assert len(rig.sessions.opened) == first - 2
+    assert len(rig.sessions.opened) == first - 3
     assert list((tmp_path / "cache" / "optimized").iterdir()) == entries
 
 

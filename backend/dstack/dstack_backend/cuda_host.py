@@ -26,10 +26,10 @@ from dstack_backend.tensors import Array
 log = logging.getLogger("dstack")
 
 SHARED = "/dev/shm/"  # noqa: S108
-SIGHTINGS, SETTLED_S = (
-    4,
-    0.3,
-)  # of a mapping before it is registered: while the memory grows each lives shortly
+SIGHTINGS = 4  # of a mapping before it is registered,
+SETTLED_S = (
+    0.3  # and how long it has been there: while the memory grows, each size is soon followed by another
+)
 MAX_MAPPINGS = 16
 MAX_UNKNOWN = 256  # blocks of addresses that are known to be no shared memory
 _BLOCK_BITS = 21

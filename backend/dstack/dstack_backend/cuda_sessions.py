@@ -140,6 +140,8 @@ class Sessions:
         options.add_session_config_entry(
             "session.optimized_model_external_initializers_min_size_in_bytes", str(SHARED_FROM_BYTES)
         )
+        # Refused where the CPU takes part: it could not read weights that lie on the device.
+        self._open(self.path, session_options(), stream, graphs=True)
         original = self._open(self.path, options, stream, graphs=False)
         inputs, outputs = specs_of(original, self.path)
         if form_of(inputs, outputs) is None:

@@ -39,6 +39,7 @@ from dstack_backend.session import Running, Staged, TwoPhases
 from dstack_backend.staging import aligned
 from dstack_backend.tensors import Array, DeviceArray, Feed
 
+GROWTH = 8  # times the largest batch prepared: up to there a program is made on demand
 ODD_ROWS = 3  # no dimension of a model happens to have it as easily as 1, 2 or 4
 MPS_PERCENT = "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"
 
@@ -212,11 +213,10 @@ class CudaSession(TwoPhases):
             return CudaBatch(self._slots, self._cuda, self._sessions.device_id, slot, rows, whole=whole)
 
     def _takes(self, feeds: Mapping[str, Feed], rows: int) -> bool:
-        """Whether there is a program for it. One that is larger than all is wished for: the plan has
-        changed.
-        """
+        """Whether there is a program for it. One that is somewhat larger than all is wished for: the plan has
+        changed."""
         sizes = self._shelf.sizes if rows and len(feeds) == len(self.inputs) else []
-        if sizes and rows > sizes[-1]:
+        if sizes and sizes[-1] < rows <= GROWTH * sizes[-1]:
             self._shelf.wish(self._levels.mask(), bucket_of(rows))
         return bool(sizes) and rows <= sizes[-1]
 
