@@ -10,7 +10,7 @@ import numpy as np
 
 from dstack_backend.errors import DeviceLostError, RequestError, RunError
 from dstack_backend.interfaces import Listener, Permit
-from dstack_backend.tensors import TensorSpec
+from dstack_backend.tensors import DeviceArray, TensorSpec
 
 PATIENCE_S = 10.0
 
@@ -165,14 +165,13 @@ class FakeDevice:
         gpu_percent: float | None = None,
         sm_groups: int = 0,
     ) -> FakeBatch:
-        assert not device_outputs
         self.batches.append(staged.x)
         self.names.append(list(outputs or ()))
         self.asked.append((gpu_percent, sm_groups))
         self.threads.add(threading.get_ident())
         self.waiting += 1
         self.most_launched = max(self.most_launched, self.waiting)
-        staged.names = list(outputs or ())
+        staged.names, staged.device_names = list(outputs or ()), list(device_outputs)
         if self.synchronous:
             try:
                 staged.run()
@@ -200,6 +199,7 @@ class FakeBatch:
     def __init__(self, device: FakeDevice, x: np.ndarray):
         self.device, self.x, self.rows = device, x, len(x)
         self.names: list[str] = []
+        self.device_names: list[str] = []
         self.times_us = {"copy_in": 5, "run": 100, "copy_out": 7}
         self.closed = False
 
@@ -227,8 +227,12 @@ class FakeBatch:
             return [self.x[:1] for _ in self.names]
         return [{"y": 2 * self.x, "z": -self.x}[name] for name in self.names]
 
-    def device_outputs(self) -> list[np.ndarray]:
-        return []
+    def device_outputs(self) -> list[DeviceArray]:
+        """At made-up addresses: whoever reads them crashes."""
+        return [
+            DeviceArray(4096 * (1 + number), (self.rows, 10), np.dtype(np.float32), 0, self)
+            for number in range(len(self.device_names))
+        ]
 
     def close(self) -> None:
         if not self.closed:

@@ -11,11 +11,12 @@ import pytest
 
 from dstack_backend.answers import CANCEL_CHECK_AFTER_US
 from dstack_backend.errors import CancelledError, DeviceLostError, RejectedError, RunError
-from dstack_backend.executor import Executor
+from dstack_backend.executor import CROWD_US, LOOK_EVERY, SHORT_RUN_US, Executor
 from dstack_backend.interfaces import Permit
 from dstack_backend.pipeline import Pipeline
 from dstack_backend.staging import Staging
 from dstack_backend.stats import STAGES
+from dstack_backend.tensors import DeviceArray, TensorSpec
 from fakes.backend import PATIENCE_S, FakeDevice, FakeRequest, ManualGate
 
 
@@ -364,22 +365,43 @@ def test_a_void_permit_at_hand_puts_the_request_in_the_queue(rig: Rig) -> None:
     assert (executor.stats.requests, executor.stats.rows, executor.stats.returned) == (1, 1, 0)
 
 
-def test_a_request_on_the_heels_of_another_lets_the_next_ones_in(rig: Rig) -> None:
-    """It waited in Triton while the first one ran: there are two clients, and overlap pays."""
+def test_a_crowd_is_noticed_and_served_with_overlap(rig: Rig) -> None:
+    """While Triton's thread runs a request nobody else can be seen, so now and then it does not."""
     executor = rig.start()
-    run_us = 2_000
-    rig.device.on_run = lambda: time.sleep(run_us / 1e6)
-    rig.gate.at_hand = [permit(), permit()]
-    executor.submit([FakeRequest(1)])
-    second = FakeRequest(2)
-    executor.submit([second])  # the test's clock stands still
-    assert second.deferred
+    rig.device.on_run = lambda: time.sleep(2 * SHORT_RUN_US / 1e6)
+    here = 0
+    while True:
+        rig.gate.at_hand = [permit()]
+        looked = FakeRequest(1)
+        executor.submit([looked])
+        if looked.deferred:
+            break
+        here += 1
+    assert 1 < here <= LOOK_EVERY
+    crowd = FakeRequest(2)
+    executor.submit([crowd])  # the first one is still under way
+    for _ in range(2):
+        rig.gate.grant(4)
+    assert doubled(looked, crowd)
+    later = FakeRequest(3)
+    executor.submit([later])
+    assert later.deferred, "a crowd a moment ago"
     rig.gate.grant(4)
-    assert doubled(second)
-    rig.now_us += 10_000
-    third = FakeRequest(3)
-    executor.submit([third])
-    assert not third.deferred and doubled(third)
+    assert doubled(later)
+    rig.now_us += CROWD_US
+    alone = FakeRequest(4)
+    executor.submit([alone])
+    assert not alone.deferred and doubled(alone)
+
+
+def test_short_runs_stay_in_tritons_thread(rig: Rig) -> None:
+    """Sending each answer of a crowd costs more than overlap saves."""
+    executor = rig.start()
+    for number in range(3 * LOOK_EVERY):
+        rig.gate.at_hand = [permit()]
+        request = FakeRequest(number)
+        executor.submit([request])
+        assert not request.deferred
 
 
 def test_failures_are_kept_too(rig: Rig) -> None:
@@ -549,3 +571,31 @@ def test_a_defect_in_a_thread_ends_the_instance(
     executor.submit([refused])
     assert "a slip" in str(refused.error)
     rig.device.open = 0  # what the defect held is gone with the process
+
+
+@pytest.mark.parametrize(("columns", "stays"), [(4, False), (1 << 18, True)])
+def test_large_outputs_of_requests_on_the_device_stay_there(rig: Rig, columns: int, stays: bool) -> None:
+    """As views of the batch's rows; small ones are cheaper by way of the host."""
+    rig.device.outputs = tuple(TensorSpec(name, "tensor(float)", ("batch", columns)) for name in ("y", "z"))
+    executor = rig.start()
+    requests = [FakeRequest([1, 2]), FakeRequest(3)]
+    for request in requests:
+        request.on_device = True
+        request.answer = lambda outputs, to=request: (setattr(to, "outputs", dict(outputs)), to.settled.set())
+    executor.submit(requests)
+    rig.gate.grant(4)
+    first, second = (request.wait().outputs["y"] for request in requests)
+    assert isinstance(first, DeviceArray) == stays == isinstance(second, DeviceArray)
+    if stays:
+        assert (first.pointer, len(first)) == (4096, 2)
+        assert (second.pointer, len(second)) == (4096 + 2 * 40, 1)
+
+
+def test_a_batch_with_one_request_in_host_memory_is_answered_there(rig: Rig) -> None:
+    rig.device.outputs = (TensorSpec("y", "tensor(float)", ("batch", 1 << 18)),)
+    executor = rig.start()
+    requests = [FakeRequest(1), FakeRequest(2)]
+    requests[0].on_device = True
+    executor.submit(requests)
+    rig.gate.grant(4)
+    assert doubled(*requests)

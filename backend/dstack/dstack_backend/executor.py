@@ -30,8 +30,10 @@ BEST_EFFORT_US = 3_600_000_000  # the deadline of a request without one: it neve
 HELPERS = 4  # one makes the next batch, the others answer: Triton acknowledges a response in 0.1 ms or so
 MAX_LAUNCHED = 2  # one runs, one behind it
 FIRST_RUN_US = 10_000  # what a run is expected to take before any was seen
-# A request that follows its predecessor's answer this quickly was waiting in Triton: it is not alone.
-ALONE_AFTER_US = 100
+# Requests that come while others are under way are a crowd, which overlap serves best. None comes while
+# Triton's thread runs one itself, so every so often it does not, and looks.
+CROWD_US = 50_000
+LOOK_EVERY = 16
 SHORT_RUN_US = 300  # a run this short gains nothing from overlapping
 LONG_RUN_US = 5_000  # during a run this long, Triton's thread had better take more requests in
 DRAIN_S = 20.0
@@ -94,7 +96,8 @@ class Executor:
         self._closing = False
         self._stopped = False
         self._run_us: dict[int, int] = {}  # last run time by rows: what begin() is told to expect
-        self._returned_us = 0  # when submit() last returned with all answered
+        self._crowd_us = -CROWD_US  # when a request last came while others were under way
+        self._run_here_count = 0  # since the last look whether others come
         loops = [("device", self._device_loop), *((f"helper-{i}", self._helper_loop) for i in range(HELPERS))]
         self._threads = [
             threading.Thread(target=self._guarded, args=(loop,), name=f"dstack-{name}", daemon=True)
@@ -114,6 +117,8 @@ class Executor:
         if kept is not None:
             self._pipeline.close(kept)
         started_us = self._now_us()
+        if self._answers.in_flight:
+            self._crowd_us = started_us
         items = [item for item in map(self._accept, requests) if item]
         if self._run_here(items, started_us):
             return
@@ -198,12 +203,10 @@ class Executor:
         self._answers.answered(job)
         self._kept = job
         self.stats.returned += len(items)
-        self._returned_us = self._now_us()
         return True
 
     def _is_alone(self, items: Sequence[Item], started_us: int) -> bool:
-        """Whether Triton's thread has nothing better to do than to run these: nothing follows on their heels,
-        or the run is too short for overlap to pay."""
+        """Whether Triton's thread has nothing better to do than to run these."""
         if any(item.key != items[0].key for item in items):
             return False
         if not self._prefetch:
@@ -211,7 +214,10 @@ class Executor:
         run_us = self._expected_us(sum(item.rows for item in items), 0)
         if run_us <= SHORT_RUN_US:
             return True
-        return run_us <= LONG_RUN_US and started_us - self._returned_us > ALONE_AFTER_US
+        if run_us > LONG_RUN_US or started_us - self._crowd_us < CROWD_US:
+            return False
+        self._run_here_count = (self._run_here_count + 1) % LOOK_EVERY
+        return self._run_here_count > 0
 
     # The gate's callbacks
 

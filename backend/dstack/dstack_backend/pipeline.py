@@ -7,6 +7,7 @@ for a session that computes in launch() the runs themselves, come one at a time:
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 
@@ -15,7 +16,11 @@ from dstack_backend.errors import RequestError, RunError, one_line
 from dstack_backend.interfaces import Feeds, Permit
 from dstack_backend.session import Running, Session, Staged
 from dstack_backend.staging import Staging
-from dstack_backend.tensors import Array, DeviceArray
+from dstack_backend.tensors import Array, DeviceArray, TensorSpec
+
+# Outputs this large stay in device memory where the inputs came in it; below, Triton's exchange of CUDA
+# memory handles costs more than a copy.
+LARGE_BYTES = 1 << 20
 
 
 class Job:
@@ -59,6 +64,14 @@ def parts_of(batch: Batch) -> Feeds:
     return {name: [part.rows_of(name) for part in batch.parts] for name in first.item.feeds}
 
 
+def row_bytes(spec: TensorSpec) -> int:
+    """Bytes of one row; 0 where they differ from batch to batch."""
+    dims = spec.shape[1:]
+    if spec.numpy_dtype.hasobject:
+        return 0
+    return math.prod(dim or 0 for dim in dims) * spec.numpy_dtype.itemsize
+
+
 class Pipeline:
     """What is done to a job. Errors of a step are kept in job.error: later steps are skipped, close() is not.
 
@@ -70,6 +83,7 @@ class Pipeline:
         self._staging = staging
         self._lock = threading.Lock()
         self._output_names = [spec.name for spec in session.outputs]
+        self._row_bytes = {spec.name: row_bytes(spec) for spec in session.outputs}
         self._scalars = {spec.name for spec in session.inputs if not spec.dims}
         self._last_end_ns = 0
         self.turn = threading.Lock()
@@ -89,7 +103,9 @@ class Pipeline:
             for name in self._scalars & feeds.keys() if not batch.batched else ():
                 feeds[name] = feeds[name].reshape(())
             job.names = batch.outputs_wanted(self._output_names)
-            job.on_device = list(job.names) if batch.on_device else []
+            if batch.on_device:
+                large = LARGE_BYTES / batch.rows
+                job.on_device = [name for name in job.names if self._row_bytes[name] >= large]
             job.staged = self._session.stage(feeds)
             job.stage_us["gather"] = (time.perf_counter_ns() - started_ns) // 1000
         except Exception as error:
