@@ -366,6 +366,22 @@ def test_a_model_that_cannot_be_captured_runs_bound(
     rig.cuda.assert_nothing_left()
 
 
+def test_a_capture_that_was_disturbed_is_tried_again(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    true, failed = Program.capture, []
+
+    def capture(self: Program) -> None:
+        if self.size == 4 and not failed:
+            failed.append(self.size)
+            raise DeviceError("cuStreamEndCapture: operation failed due to a previous error (901)")
+        true(self)
+
+    monkeypatch.setattr(Program, "capture", capture)
+    session = rig.load()
+    assert failed and session.graphs == 4
+    session.close()
+    rig.cuda.assert_nothing_left()
+
+
 def test_a_model_whose_bound_runs_are_wrong_runs_plainly(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     spoil(monkeypatch, captured=False)
     session = rig.load()

@@ -91,27 +91,29 @@ class Shelf:
         """Make the programs that are not there. What cannot be had is logged, once; batches do without.
 
         Several at a time: cuDNN compiles kernels for each on the host. One at a time where memory is
-        bounded, to see what each takes. Raises DeviceLostError."""
+        bounded, to see what each takes; and again where some failed, for one that allocates may disturb one
+        that captures. Raises DeviceLostError."""
         with self._lock:
             if keep:
                 self._kept.update(keys)
             missing = [key for key in keys if key not in self._programs and key not in self._refused]
         if not missing or not self.bound:
             return
+        several = 1 if self._limit_bytes else THREADS
         if self.graphs:
-            missing = self._attempt_all(missing, graphs=True)
-            with self._lock:
-                self.graphs = bool(self._programs)
+            missing = self._attempt_all(missing, several, graphs=True)
+            self.graphs = bool(self._programs)
+        if missing and self.graphs and several > 1:
+            missing = self._attempt_all(missing, 1, graphs=True)
         if missing and not self.graphs and self._groups is None:
-            missing = self._attempt_all(missing, graphs=False)
+            missing = self._attempt_all(missing, several, graphs=False)
             self.bound = bool(self._programs)
         with self._lock:
             self._refused.update(missing)
         self._make_room()
 
-    def _attempt_all(self, keys: Sequence[Key], *, graphs: bool) -> list[Key]:
+    def _attempt_all(self, keys: Sequence[Key], several: int, *, graphs: bool) -> list[Key]:
         """Make programs, several at the same time, and see what they took; those that cannot be had."""
-        several = 1 if self._limit_bytes else THREADS
         refused: dict[Key, str] = {}
         with ThreadPoolExecutor(several, thread_name_prefix="dstack-prepare") as pool:
             for first in range(0, len(keys), several):
