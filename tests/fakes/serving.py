@@ -65,7 +65,6 @@ class FakeServer:
         self.stubs[model] = self._next_pid
         self.in_force[model] = {
             "backend": config.backend,
-            "backend": config.backend,
             "max_batch_size": 8 if config.max_batch_size is None else config.max_batch_size,
             "parameters": {key: {"string_value": value} for key, value in config.parameters.items()},
         }
@@ -93,6 +92,8 @@ class FakeServer:
         return not self.away
 
     def metadata(self) -> Mapping[str, Any]:
+        if self.away:
+            raise ServerError("Triton: server metadata failed: connection refused")
         return {"name": "fake", "version": "0"}
 
     def models(self) -> Mapping[str, str]:

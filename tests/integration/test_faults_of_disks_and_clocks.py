@@ -26,11 +26,13 @@ RATES = dict.fromkeys(MODELS, 20.0)
 CONTROLLER = ("--interval-s", 0.5, "--window-s", 6, "--cooldown-s", 3)
 WITHIN_S = 90.0
 Loaded = Callable[..., tuple[Site, Load]]
+# For our own code alone: gRPC sets deadlines by this clock in Python and watches them by the real one in C.
 JUMPING_CLOCK = """
-import time
+import sys, time
 _time, _time_ns, _monotonic = time.time, time.time_ns, time.monotonic
 def _ahead_s():  # a day ahead, a day behind, and right, for two seconds each
-    return (86400, -86400, 0)[int(_monotonic() / 2) % 3]
+    asking = sys._getframe(2).f_globals.get("__name__", "")
+    return (86400, -86400, 0)[int(_monotonic() / 2) % 3] if asking.startswith("dstack") else 0
 time.time = lambda: _time() + _ahead_s()
 time.time_ns = lambda: _time_ns() + _ahead_s() * 10**9
 """
@@ -182,7 +184,7 @@ def test_a_new_model_that_does_not_load_is_held_back_until_it_is_mended(
     add_model(site.repository, SlowSum("gamma", inner=64, depth=2), gpu_percent=50, slo_ms=250.0)
     config = site.repository / "gamma" / "config.pbtxt"
     good = config.read_text()
-    config.write_text(good + 'input [ { name: "x_gamma" data_type: TYPE_FP32 dims: [ 99 ] } ]\n')
+    config.write_text(good + 'parameters { key: "execution_provider" value { string_value: "cuda" } }\n')
     served = site.start_serve()
     assert served.printed["models"] == {"alpha": True, "beta": True, "gamma": False}
     site.start_run(*CONTROLLER)

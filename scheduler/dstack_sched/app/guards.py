@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 from dstack_sched.app.arbiter_plans import ArbiterPlans
 from dstack_sched.app.instances import instances
@@ -14,6 +14,7 @@ from dstack_sched.errors import DstackError
 from dstack_sched.ports import ArbiterClient, ModelServer, StubProcesses
 
 FOREIGN_FOR_US = 10_000_000
+Names: TypeAlias = Callable[[], Collection[str]]
 
 
 class StubGuard:
@@ -30,7 +31,7 @@ class StubGuard:
         server: ModelServer,
         stubs: StubProcesses,
         reviver: Reviver,
-        models: Collection[str] | None = None,
+        models: Names | None = None,
     ) -> None:
         self._server = server
         self._stubs = stubs
@@ -40,8 +41,9 @@ class StubGuard:
         self._foreign_until_us: dict[str, int] = {}
 
     def look(self, now_us: int) -> Iterator[Fault]:
+        ours = None if self._models is None else self._models()
         for model, served in self._server.index().items():
-            if self._models is not None and model not in self._models:
+            if ours is not None and model not in ours:
                 continue
             missing = self._missing(model, served, now_us)
             if missing:
@@ -75,26 +77,28 @@ class StubGuard:
 class LoadedGuard:
     """Models that were served and are not loaded now: Triton came back without them.
 
-    One that somebody unloaded on purpose is left alone. `models` None: all that were seen READY.
+    One that somebody unloaded on purpose is left alone. `models` None: all that were seen READY; else those
+    of them that it names, and those that it names at first count as seen.
     """
 
     kind = FaultKind.MODEL_NOT_LOADED
 
-    def __init__(self, server: ModelServer, reviver: Reviver, models: Collection[str] | None = None) -> None:
+    def __init__(self, server: ModelServer, reviver: Reviver, models: Names | None = None) -> None:
         self._server = server
         self._reviver = reviver
         self._models = models
-        self._served: set[str] = set()
+        self._served: set[str] = set(models()) if models else set()
 
     def look(self, now_us: int) -> Iterator[Fault]:
         index = self._server.index()
+        ours = index.keys() if self._models is None else self._models()
         for model, now in index.items():
-            if now.state == READY and (self._models is None or model in self._models):
+            if now.state == READY and model in ours:
                 self._served.add(model)
             elif now.reason == UNLOADED_BY_HAND and model not in self._reviver.half_done:
                 self._served.discard(model)
         self._served &= index.keys()
-        for model in sorted(self._served):
+        for model in sorted(self._served & set(ours)):
             if index[model].state == "UNAVAILABLE":
                 why = f" ({index[model].reason})" if index[model].reason else ""
                 yield Fault(self.kind, model, now_us, f"was served and is not loaded any more{why}")
@@ -114,7 +118,9 @@ class ServerGuard:
         self._name = name
 
     def look(self, now_us: int) -> Iterator[Fault]:
-        if not self._server.is_ready():
+        try:
+            self._server.metadata()  # not its readiness: a single model that does not load may deny that
+        except DstackError:
             yield Fault(self.kind, self._name, now_us, "does not answer; waiting for it to come back")
 
     def mend(self, fault: Fault) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -16,7 +16,14 @@ from dstack_sched.adapters.stub_processes import LocalStubProcesses
 from dstack_sched.adapters.triton_client import TritonClient
 from dstack_sched.app.arbiter_plans import ArbiterPlans
 from dstack_sched.app.gpus import GpuGuard
-from dstack_sched.app.guards import ArbiterGuard, ArbiterPlanGuard, LoadedGuard, ServerGuard, StubGuard
+from dstack_sched.app.guards import (
+    ArbiterGuard,
+    ArbiterPlanGuard,
+    LoadedGuard,
+    Names,
+    ServerGuard,
+    StubGuard,
+)
 from dstack_sched.app.health import Case, Guard, Health, HealthSettings, Outcome
 from dstack_sched.app.host_view import HostView
 from dstack_sched.app.mps_guard import MpsGuard
@@ -36,7 +43,7 @@ CONTROLLER = HealthSettings(confirm_s=4.0)
 
 
 def model_guards(
-    server: TritonClient, repository: ModelRepository, models: Collection[str] | None = None
+    server: TritonClient, repository: ModelRepository, models: Names | None = None
 ) -> list[Guard]:
     """For the models of one Triton; None: all of them."""
     reviver = Reviver(repository, server, SystemClock())
@@ -54,7 +61,7 @@ def host_guards(view: HostView | None, url: str) -> list[Guard]:
 def controller_guards(
     server: TritonClient,
     repository: ModelRepository,
-    models: Collection[str],
+    models: Names,
     plans: ArbiterPlans,
     view: HostView | None = None,
 ) -> list[Guard]:

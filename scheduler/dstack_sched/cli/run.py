@@ -193,12 +193,15 @@ def live_loop(
     about = {"url": server.url, "repository": deployment.repository.name, "dry_run": dry_run}
     board = NoBoard() if dry_run else FileStatusBoard(state)
     telemetry = ControllerTelemetry(metrics, board, clock, about)
-    models = [model.name for model in wanted().models]
-    guards = controller_guards(server, deployment.repository, models, deployment.arbiter_plans, host)
+
+    def named() -> list[str]:
+        return [model.name for model in wanted().models]
+
+    guards = controller_guards(server, deployment.repository, named, deployment.arbiter_plans, host)
     health = make_health(guards, state, deployment.repository, telemetry.health, HEALTH_SETTINGS)
     steps = LiveSteps(deployment, wanted, profiling, planning, provider, health.check, host, profiles)
     sources = LiveSources(deployment, TritonMetrics(triton_metrics) if triton_metrics else None)
-    watcher = Watcher(models, server, sources, clock, forecasting)
+    watcher = Watcher(named(), server, sources, clock, forecasting)
     log = FileDecisionLog(state, say)
     return ControlLoop(steps, watcher, clock, log, telemetry, settings=settings, dry_run=dry_run, say=say)
 
