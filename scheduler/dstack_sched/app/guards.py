@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
+from typing import TypeAlias
 
 from dstack_sched.app.arbiter_plans import ArbiterPlans
 from dstack_sched.app.instances import instances
