@@ -12,15 +12,18 @@ hour.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 from dstack_backend import synthetic
 from dstack_sched.adapters.decision_log import FileDecisionLog
@@ -42,12 +45,14 @@ from shifting.scenario import Script, make_script
 QUEUE = """dynamic_batching {{ max_queue_delay_microseconds: 0
   default_queue_policy {{ timeout_action: REJECT default_timeout_microseconds: {wait_us} }} }}
 """
+PRIORITY = "-15"
 LEAD_S = 5.0  # the client imports and connects meanwhile
 TAIL_S = 60.0
 
 
 def main() -> None:
     arguments = parse()
+    raised = raise_priority()
     began_s = time.monotonic()
     script = make_script(arguments.minutes, arguments.minute_s, arguments.scale)
     loads = {"before": machine()["load_average_1min"]}
@@ -67,12 +72,35 @@ def main() -> None:
             say(f"{name}: " + line(results[name]))
         if arguments.keep:
             shutil.copytree(home, arguments.keep, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.onnx"))
-    document = {"seconds": round(time.monotonic() - began_s, 1), "load_average_1min": loads}
-    out = write_report(
+    document = {"priority_raised": raised, "seconds": round(time.monotonic() - began_s, 1),
+    "load_average_1min": loads} out = write_report(
         arguments.out, "make perf-adaptive", {**document, **described(script), "policies": results}
     )
     plot(script, results, out.with_suffix(".png"))
     say(f"{out} and {out.with_suffix('.png')} written")
+
+
+def raise_priority() -> bool:
+    """Ask the kernel to prefer this study's processes to others of the machine (Linux' autogroups, one a
+    session, so each that the study starts): what is measured is a policy, not who else was there. False
+    where that is not allowed."""
+    try:
+        Path("/proc/self/autogroup").write_text(PRIORITY)
+    except OSError:
+        return False
+    threading.Thread(target=keep_priority, daemon=True).start()
+    return True
+
+
+def keep_priority() -> None:
+    """Every new session of ours gets it too."""
+    while True:
+        for process in psutil.Process().children(recursive=True):
+            with contextlib.suppress(OSError, psutil.Error):
+                group = Path(f"/proc/{process.pid}/autogroup")
+                if not group.read_text().rstrip().endswith(f"nice {PRIORITY}"):
+                    group.write_text(PRIORITY)
+        time.sleep(0.3)
 
 
 def parse() -> argparse.Namespace:

@@ -1,8 +1,7 @@
 """What is asked: three models, and how many rows a second of each in each of ten minutes.
 
 The recorded trace gives the timing only. It is striped over the models (each starts elsewhere in it) and its
-time is stretched within each minute such that the minute's mean rate is as stated; the trace's own bursts, as
-they are seen at that rate, stay.
+time is stretched minute by minute such that the minute's rate is as stated; the bursts within a minute stay.
 """
 
 from __future__ import annotations
@@ -33,9 +32,9 @@ class StudyModel:
 # Minutes: all about equal, one hot at a time, two warm, and back. Chosen such that two cores hold every
 # minute under the best shares, and the hot ones not under the shares that are best for the means.
 MODELS = (
-    StudyModel("magika", 4, 200.0, (80, 240, 240, 20, 20, 80, 250, 20, 20, 230)),
-    StudyModel("ocr_recognize", 2, 300.0, (32, 5, 5, 90, 12, 32, 5, 12, 90, 5)),
-    StudyModel("ocr_detect", 1, 300.0, (26, 4, 4, 4, 76, 26, 4, 76, 4, 4)),
+    StudyModel("magika", 4, 200.0, (90, 330, 330, 20, 20, 90, 340, 20, 20, 320)),
+    StudyModel("ocr_recognize", 2, 300.0, (32, 5, 5, 110, 8, 32, 5, 8, 110, 5)),
+    StudyModel("ocr_detect", 1, 300.0, (24, 4, 4, 4, 78, 24, 4, 78, 4, 4)),
 )
 
 
@@ -87,16 +86,17 @@ def make_script(
 
 
 def warped(trace: np.ndarray, per_s: Sequence[float], minute_s: float, stripe: int) -> np.ndarray:
-    """Send times in seconds: the trace, turned to its stripe and repeated, at per_s[k] requests a second in
-    minute k. One mean gap of the trace stands for one request: work = rate x time, piecewise linear."""
+    """Send times in seconds: minute k holds the next per_s[k] x minute_s requests of the trace, turned to its
+    stripe and repeated, with the stretch of time that they took laid over the minute."""
     mean_gap = float(trace[-1]) / (trace.size - 1)
     start = int(trace.size * ((stripe * GOLDEN) % 1.0))
-    turned = np.concatenate(
-        [trace[start:] - trace[start], trace[:start] + trace[-1] + mean_gap - trace[start]]
-    )
-    work = turned / mean_gap  # one request each, on average
-    edges = np.concatenate([[0.0], np.cumsum(np.asarray(per_s) * minute_s)])
-    turns = int(edges[-1] / trace.size) + 1
-    work = np.concatenate([work + turn * trace.size for turn in range(turns)])
-    work = work[work < edges[-1]]
-    return np.interp(work, edges, np.arange(edges.size) * minute_s)
+    turned = np.concatenate([trace[start:] - trace[start], trace[:start] + trace[-1] + mean_gap -
+    trace[start]]) counts = [round(rate * minute_s) for rate in per_s]
+    turns = sum(counts) // trace.size + 2
+    whole = np.concatenate([turned + turn * (trace[-1] + mean_gap) for turn in range(turns)])
+    pieces, first = [], 0
+    for minute, count in enumerate(counts):
+        piece = whole[first : first + count + 1]  # the next one's time ends the stretch
+        pieces.append((minute + (piece[:-1] - piece[0]) / (piece[-1] - piece[0])) * minute_s)
+        first += count
+    return np.concatenate(pieces)
