@@ -62,6 +62,7 @@ class TritonPythonModel:
             labels_of(settings.model, settings.version, settings.instance),
             self._instance.gauges,
         )
+        self._instance.before_end = self._metrics.close
         self._metrics.start()
 
     def execute(self, requests: list[Any]) -> list[Any] | None:

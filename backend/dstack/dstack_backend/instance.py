@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ class Instance:
         settings = self.settings
         refuse_decoupled(config, settings.model)
         self.stats = Stats()
+        self.before_end: Callable[[], None] = lambda: None
         self._window = Window(self.stats, monotonic_us())
         self._session = load_session(
             settings.model_path,
@@ -79,8 +80,15 @@ class Instance:
             reject_late=settings.reject_late,
             prefetch=settings.prefetch,
             stats=self.stats,
-            on_lost=lambda: os._exit(EXIT_LOST),
+            on_lost=self._end,
         )
+
+    def _end(self) -> None:
+        """The device is lost and all is answered: nothing of ours may be inside a call of Triton's now."""
+        try:
+            self.before_end()
+        finally:
+            os._exit(EXIT_LOST)
 
     def gauges(self) -> dict[str, float]:
         """What metrics show of the instance beside its counters."""
