@@ -72,8 +72,9 @@ def main() -> None:
             say(f"{name}: " + line(results[name]))
         if arguments.keep:
             shutil.copytree(home, arguments.keep, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.onnx"))
-    document = {"priority_raised": raised, "seconds": round(time.monotonic() - began_s, 1),
-    "load_average_1min": loads} out = write_report(
+    took_s = round(time.monotonic() - began_s, 1)
+    document = {"priority_raised": raised, "seconds": took_s, "load_average_1min": loads}
+    out = write_report(
         arguments.out, "make perf-adaptive", {**document, **described(script), "policies": results}
     )
     plot(script, results, out.with_suffix(".png"))

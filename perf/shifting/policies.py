@@ -58,8 +58,8 @@ def adaptive(host: Host, deployment: Deployment, script: Script) -> Iterator[thr
     path.write_text(yaml.safe_dump(workload_document(script.workload(script.mean_rates()))))
     command = [
         sys.executable, "-m", "dstack_sched", "run", str(deployment.repository.root), "--workload", str(path),
-        "--url", host.triton.grpc_url, "--triton-metrics", host.triton.metrics_url, "--socket", str(host.socket),
-        "--state", str(deployment.state),
+        "--url", host.triton.grpc_url, "--triton-metrics", host.triton.metrics_url,
+        "--socket", str(host.socket), "--state", str(deployment.state),
     ]  # fmt: skip
     with (deployment.state / "run.log").open("wb") as log:
         process = subprocess.Popen(

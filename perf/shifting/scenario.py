@@ -90,10 +90,11 @@ def warped(trace: np.ndarray, per_s: Sequence[float], minute_s: float, stripe: i
     stripe and repeated, with the stretch of time that they took laid over the minute."""
     mean_gap = float(trace[-1]) / (trace.size - 1)
     start = int(trace.size * ((stripe * GOLDEN) % 1.0))
-    turned = np.concatenate([trace[start:] - trace[start], trace[:start] + trace[-1] + mean_gap -
-    trace[start]]) counts = [round(rate * minute_s) for rate in per_s]
+    span = float(trace[-1]) + mean_gap
+    turned = np.concatenate([trace[start:] - trace[start], trace[:start] + span - trace[start]])
+    counts = [round(rate * minute_s) for rate in per_s]
     turns = sum(counts) // trace.size + 2
-    whole = np.concatenate([turned + turn * (trace[-1] + mean_gap) for turn in range(turns)])
+    whole = np.concatenate([turned + turn * span for turn in range(turns)])
     pieces, first = [], 0
     for minute, count in enumerate(counts):
         piece = whole[first : first + count + 1]  # the next one's time ends the stretch
