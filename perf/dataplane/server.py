@@ -116,6 +116,8 @@ class Server:
         """Put a model file (by link) into the repository. more: parameters of the backend, as texts."""
         kind = "KIND_GPU" if self.provider == "cuda" else "KIND_CPU"
         parameters = {"batch_size": str(batch_size), **more}
+        if self.provider == "cuda":  # inputs in CUDA shared memory come as GPU tensors
+            parameters.setdefault("FORCE_CPU_ONLY_INPUT_TENSORS", "no")
         self._place(
             name,
             f'backend: "dstack"\nmax_batch_size: {max_batch_size or batch_size}\n'
