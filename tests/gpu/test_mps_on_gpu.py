@@ -138,16 +138,25 @@ def test_a_client_cannot_take_more_memory_than_its_limit(daemon: MpsDaemon, envi
 # -- serve --------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def site(tmp_path: Path) -> Iterator[GpuSite]:
-    """Two models on GPU 0 under `dstackctl serve`."""
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GpuSite]:
+    """Two models on GPU 0 under one `dstackctl serve`, which each test leaves as sound as it was. What serve
+    and Triton said goes to $OUT."""
+    folder = tmp_path_factory.mktemp("mps-site")
     with private_runtime() as private:
-        site = GpuSite(tmp_path, ("one", "two"), private, gpus="gpus: [ 0 ]")
+        site = GpuSite(folder, ("one", "two"), private, gpus="gpus: [ 0 ]")
         try:
             site.start_serve()
             yield site
         finally:
-            site.stop()
+            try:
+                site.stop()
+            finally:
+                logs = [folder / "serve.err", *sorted((site.state / "logs").glob("*.log"))]
+                tails = {
+                    each.name: each.read_text(errors="replace")[-8000:] for each in logs if each.exists()
+                }
+                note("mps_logs", decisions=site.decisions(), **tails)
 
 
 def heal(site: GpuSite, load: Load, name: str, killed_s: float) -> None:

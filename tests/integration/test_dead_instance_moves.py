@@ -1,7 +1,7 @@
 """What a failover rests on: a change of instance groups ends the dead instance and spares the living one.
 
-Triton tells instances apart by all of their group but name, count and gpus, and by their device. Without GPUs a
-rate limiter's priority stands for the device.
+Triton tells instances apart by all of their group but name, count and gpus, and by their device. Without GPUs
+a rate limiter's priority stands for the device.
 """
 
 from __future__ import annotations
