@@ -8,7 +8,7 @@ import itertools
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,12 +21,18 @@ from dstack_backend.cuda_layout import with_best_layout
 from dstack_backend.cuda_programs import Program
 from dstack_backend.cuda_sessions import CudaOptions
 from dstack_backend.errors import DeviceError, DeviceLostError, ModelError, RunError
+from dstack_backend.executor import Executor
+from dstack_backend.interfaces import Permit
 from dstack_backend.optimized import Cache
+from dstack_backend.pipeline import Pipeline
 from dstack_backend.runtime import CpuSession
 from dstack_backend.runtime_cuda import CudaSession, limit_process
 from dstack_backend.session import ladder
+from dstack_backend.staging import Staging
+from dstack_backend.tensors import DeviceArray
 from fakes import cuda
 from fakes import feature_models as made
+from fakes.backend import FakeRequest
 from fakes.cuda import CpuSessions, FakeCuda, FakeGroups, device_array, read
 from fakes.networks import convolutional
 
@@ -293,6 +299,90 @@ def test_any_number_of_threads(rig: Rig, session: CudaSession) -> None:
     assert not wrong
 
 
+class Generous:
+    """A gate that grants whenever rows wait, two batches ahead, on groups of its choice."""
+
+    def __init__(self) -> None:
+        self._permits = itertools.count()
+        self._open = 0
+        self._lock = threading.Lock()
+
+    def start(self, listener: Any) -> None:
+        self._listener = listener
+
+    def work(self) -> None:
+        while self._listener.state()[0]:
+            with self._lock:
+                if self._open >= 2:
+                    return
+                self._open += 1
+                turn = next(self._permits)
+            self._listener.on_grant(Permit(BATCH, 25.0 * (1 + turn % 2), sm_groups=0))
+
+    def take(self) -> None:
+        return None
+
+    def begin(self, permit: Permit, rows: int, expected_us: int) -> bool:
+        return True
+
+    def done(self, permit: Permit, rows: int, late: int, run_us: int) -> None:
+        with self._lock:
+            self._open -= 1
+        self.work()
+
+    def close(self) -> None: ...
+
+
+class Spoiled(FakeRequest):
+    """A request whose memory is somebody else's once it is answered; now and then its outputs stay on the
+    device.
+    """
+
+    def __init__(self, cuda: FakeCuda, x: np.ndarray, on_device: bool):
+        super().__init__(x, wanted=["scores"])
+        self.cuda, self.on_device = cuda, on_device
+
+    def answer(self, outputs: Mapping[str, Any]) -> None:
+        read_ = {name: read(self.cuda, a) if isinstance(a, DeviceArray) else a for name, a in outputs.items()}
+        self.x[:] = np.nan
+        super().answer(read_)
+
+
+def test_the_executor_over_the_device(rig: Rig, shared: np.ndarray) -> None:
+    """All together: requests in shared memory, read by the device while others compute, launched ahead,
+    answered from several threads; no copy too late, no buffer reused too early.
+    """
+    session = rig.load(levels=(25.0,))
+    executor = Executor(
+        Pipeline(session, Staging(BATCH, session.allocate)),
+        Generous(),
+        batched=True,
+        batch_size=BATCH,
+    )
+    executor.start()
+    requests, wanted, at = [], [], 0
+    for number in range(240):
+        rows = 1 + number % 7
+        memory = shared[at : at + rows]
+        memory[:] = rig.rows(rows)
+        at += rows
+        wanted.append(rig.wanted(memory.copy(), ["scores"])[0])
+        requests.append(Spoiled(rig.cuda, memory, on_device=number % 11 == 0))
+    feeders = [
+        threading.Thread(target=lambda part=part: [executor.submit([each]) for each in part])
+        for part in (requests[::2], requests[1::2])
+    ]
+    for feeder in feeders:
+        feeder.start()
+    for request, want in zip(requests, wanted, strict=True):
+        np.testing.assert_allclose(request.wait().outputs["scores"], want, **CLOSE)  # type: ignore[index]
+    for feeder in feeders:
+        feeder.join()
+    executor.close()
+    session.close()
+    rig.cuda.assert_nothing_left()
+
+
 # Programs
 
 
@@ -426,6 +516,12 @@ def test_programs_that_are_not_captured_run_behind_one_another(rig: Rig) -> None
     for rows in (4, 1, 8, 1):
         x = rig.rows(rows)
         rig.check(session.run({"x": x}), x)
+    first, second = (session.launch(session.stage({"x": rig.rows(rows)})) for rows in (8, 1))
+    second.wait()
+    event = first.slot.event  # type: ignore[attr-defined]
+    assert rig.cuda.elapsed_us(event["started"], event["computed"]), "it ran before the second"
+    for each in (first, second):
+        each.close()
     session.close()
     rig.cuda.assert_nothing_left()
 
