@@ -305,7 +305,7 @@ class Driver:
         return call
 
     def entry(self, name: str, version: int) -> Any:
-        """A function as of a CUDA version (12040 for 12.4), as a callable that returns its status. Errors:
+        """A function for levels as of a CUDA version (12040 for 12.4), as a callable that returns its status. Errors:
         DeviceError where the driver has none."""
         function, found = _HANDLE(), ctypes.c_int()
         self.call(
@@ -313,7 +313,7 @@ class Driver:
             ctypes.byref(found),
         )  # fmt: skip
         if not function.value:
-            raise DeviceError(f"this CUDA driver has no {name}; a newer driver has")
+            raise DeviceError(f"this CUDA driver has no {name}: update it, or set levels to off")
         address = function.value
         prototype = ctypes.CFUNCTYPE(ctypes.c_int)
         bare = prototype(address)

@@ -58,7 +58,9 @@ class SmGroups:
         atexit.register(self._end)  # the driver is not to end with them in use
         self._contexts: dict[int, ctypes.c_void_p] = {}
         if len(self.sms) < 2:
-            raise DeviceError(f"the {whole.sm_count} SMs of this GPU cannot be split into groups")
+            raise DeviceError(
+                f"the {whole.sm_count} SMs of this GPU cannot be split into groups: set levels to off"
+            )
 
     def stream(self, mask: int) -> int:
         """A stream on the SMs of the groups in the mask; Driver.destroy_stream ends it.
