@@ -73,7 +73,7 @@ class RepositoryLock:
     def _lock_file_instead(self) -> bool:
         """From now on the file beside; False where it is that already."""
         assert self._descriptor is not None
-        if not os.path.isdir(f"/proc/self/fd/{self._descriptor}"):  # noqa: PTH112
+        if not Path(f"/proc/self/fd/{self._descriptor}").is_dir():
             return False
         try:
             self._beside.parent.mkdir(parents=True, exist_ok=True)
