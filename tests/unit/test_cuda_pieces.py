@@ -329,6 +329,7 @@ class FakeLibrary:
         self._functions: list[Any] = []
         self.descriptions: list[list[int]] = []
         self.destroyed = 0
+        self.missing = ""
 
     def __getattr__(self, name: str) -> Any:
         def call(*arguments: Any) -> int:
@@ -336,7 +337,7 @@ class FakeLibrary:
             if name == "cuGetErrorString":
                 arguments[1]._obj.value = b"in the driver's words"
                 return 0
-            if name == "cuGetProcAddress_v2":
+            if name == "cuGetProcAddress_v2" and arguments[0].decode() != self.missing:
                 self._resolve(arguments[0].decode(), arguments[1]._obj)
             return self.status.get(name, 0)
 
@@ -419,6 +420,14 @@ def test_what_ends_a_process_is_told_apart(library: FakeLibrary, status: int, ki
     library.status["cuStreamQuery"] = 719
     with pytest.raises(DeviceLostError):
         driver.check()
+
+
+def test_a_driver_without_green_contexts_names_the_mend(library: FakeLibrary) -> None:
+    library.missing = "cuGreenCtxStreamCreate"
+    with pytest.raises(
+        DeviceError, match=r"no cuGreenCtxStreamCreate: take a newer one, or set levels to off"
+    ):
+        SmGroups(cuda_driver.Driver(0))
 
 
 def test_no_driver_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -305,15 +305,16 @@ class Driver:
         return call
 
     def entry(self, name: str, version: int) -> Any:
-        """A function for levels as of a CUDA version (12040 for 12.4), as a callable that returns its status. Errors:
-        DeviceError where the driver has none."""
+        """A function for levels as of a CUDA version (12040 for 12.4), as a callable. Errors: DeviceError,
+        also where the driver has none.
+        """
         function, found = _HANDLE(), ctypes.c_int()
         self.call(
             "cuGetProcAddress_v2", name.encode(), ctypes.byref(function), ctypes.c_int(version), _POINTER(0),
             ctypes.byref(found),
         )  # fmt: skip
         if not function.value:
-            raise DeviceError(f"this CUDA driver has no {name}: update it, or set levels to off")
+            raise DeviceError(f"this CUDA driver has no {name}: take a newer one, or set levels to off")
         address = function.value
         prototype = ctypes.CFUNCTYPE(ctypes.c_int)
         bare = prototype(address)
