@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from dstack_sched.domain.profile import Correction, ModelProfile, ProfilePoint
-from dstack_sched.engine.run_times import Seen
+from dstack_sched.engine.run_times import SEEN_RUNS, Seen
 from dstack_sched.policy.latency import LatencySurface
 
 MOST_DOUBLINGS = 8
@@ -143,8 +143,10 @@ def _refit(
     if float(np.abs(ratios / scale - 1.0).max()) <= settings.misfit:
         return Correction(old.base, round(scale, 4)), f"the profile is scaled by {scale:.2f}"
     fresh = tuple(
-        ProfilePoint(c.gpu_percent, c.rows, c.p50_us / 1000.0, max(c.p99_us, c.p50_us) / 1000.0, int(n))
-        for c, n in zip(cells, runs, strict=True)
+        ProfilePoint(
+            c.gpu_percent, c.rows, c.p50_us / 1e3, max(c.p99_us, c.p50_us) / 1e3, min(c.runs, SEEN_RUNS)
+        )
+        for c in cells
     )
     taken = {(p.gpu_percent, p.batch_size) for p in fresh}
     older = tuple(p for p in old.points if (p.gpu_percent, p.batch_size) not in taken)

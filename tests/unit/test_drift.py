@@ -1,0 +1,127 @@
+"""Drift: when runs no longer take what the profile says, and what is put in its place."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from dstack_sched.app.drift import DriftSettings, DriftWatch, corrected, digest, look, start
+from dstack_sched.domain.profile import Correction, ModelProfile, ProfilePoint
+from dstack_sched.engine.run_times import Seen
+from dstack_sched.policy.latency import LatencySurface
+
+SETTINGS = DriftSettings()
+PERCENTS, BATCHES = (25.0, 50.0, 100.0), (1, 2, 4, 8)
+
+
+def ms(percent: float, batch: int) -> float:
+    return 2.0 + 400.0 * batch / percent
+
+
+PROFILE = ModelProfile(
+    "m", "f" * 64, 1,
+    tuple(ProfilePoint(p, b, ms(p, b), 1.1 * ms(p, b), 50) for p in PERCENTS for b in BATCHES),
+)  # fmt: skip
+
+
+def seen(factor: float, *cells: tuple[float, int], runs: int = 100) -> list[Seen]:
+    return [Seen(p, b, runs, 1000 * factor * ms(p, b), 1200 * factor * ms(p, b)) for p, b in cells]
+
+
+def after_looks(watch: DriftWatch, *cells: Seen, looks: int = SETTINGS.looks):
+    found = None
+    for _ in range(looks):
+        found = look(watch, PROFILE, cells, SETTINGS)
+        watch = found.watch
+    assert found is not None
+    return found
+
+
+def test_what_runs_as_profiled_is_left_alone() -> None:
+    found = after_looks(start(PROFILE, None), *seen(1.08, (50.0, 4), (50.0, 8)), looks=50)
+    assert found.refit is None
+    assert found.drift == pytest.approx(1.08)
+    assert corrected(PROFILE, found.watch.correction) is PROFILE
+
+
+def test_too_few_runs_say_nothing() -> None:
+    found = after_looks(start(PROFILE, None), *seen(3.0, (50.0, 4), runs=SETTINGS.runs - 1), looks=20)
+    assert (found.drift, found.refit) == (None, None)
+
+
+def test_a_common_factor_scales_the_surface() -> None:
+    found = after_looks(start(PROFILE, None), *seen(1.5, (50.0, 4), (50.0, 8)))
+    assert found.refit == Correction(digest(PROFILE), 1.5)
+    assert "scaled by 1.50" in found.why
+    surface = LatencySurface.from_profile(corrected(PROFILE, found.refit))
+    assert float(surface.latency_ms(25.0, 2)) == pytest.approx(1.5 * ms(25.0, 2), rel=0.02)
+
+
+def test_one_look_is_not_enough() -> None:
+    """Guards against refits by a hiccup."""
+    first = look(start(PROFILE, None), PROFILE, seen(2.0, (50.0, 4)), SETTINGS)
+    assert first.refit is None
+    back = look(first.watch, PROFILE, seen(1.0, (50.0, 4)), SETTINGS)
+    assert back.watch.outside == 0
+
+
+def test_where_no_factor_fits_the_seen_cells_replace_the_points_beside_them() -> None:
+    cells = [*seen(1.0, (50.0, 1)), *seen(2.5, (50.0, 8)), *seen(1.0, (50.0, 2))]
+    found = after_looks(start(PROFILE, None), *cells)
+    assert found.refit is not None
+    assert {(p.gpu_percent, p.batch_size) for p in found.refit.points} == {(50.0, 1), (50.0, 2), (50.0, 8)}
+    now = corrected(PROFILE, found.refit)
+    assert len({(p.gpu_percent, p.batch_size) for p in now.points}) == len(now.points)
+    surface = LatencySurface.from_profile(now)
+    assert float(surface.latency_ms(50.0, 8)) == pytest.approx(2.5 * ms(50.0, 8), rel=0.15)
+    assert float(surface.latency_ms(50.0, 1)) == pytest.approx(ms(50.0, 1), rel=0.25)
+
+
+def test_after_a_refit_only_new_runs_count() -> None:
+    cells = seen(1.5, (50.0, 4))
+    found = after_looks(start(PROFILE, None), *cells)
+    assert look(found.watch, PROFILE, cells, SETTINGS).drift is None
+    more = [replace_runs(cell, 200) for cell in cells]
+    assert look(found.watch, PROFILE, more, SETTINGS).drift == pytest.approx(1.0, rel=0.01)
+
+
+def test_a_reload_starts_the_counts_anew_and_blinds_nobody() -> None:
+    found = after_looks(start(PROFILE, None), *seen(1.5, (50.0, 4), runs=10_000))
+    assert look(found.watch, PROFILE, seen(1.5, (50.0, 4), runs=60), SETTINGS).drift is not None
+
+
+def test_latencies_that_never_settle_are_refitted_ever_more_rarely() -> None:
+    """Guards against a plan every few seconds for a model whose run times swing."""
+    watch, refits = start(PROFILE, None), []
+    for turn in range(600):
+        factor = 1.0 if (turn // 5) % 2 else 3.0
+        found = look(watch, PROFILE, seen(factor, (50.0, 4), runs=1000 * (turn + 1)), SETTINGS)
+        watch = found.watch
+        if found.refit is not None:
+            refits.append(turn)
+    assert len(refits) <= 4
+
+
+def test_a_ratio_beyond_the_bounds_stops_there_and_is_not_found_again() -> None:
+    watch, refits = start(PROFILE, None), 0
+    for turn in range(200):
+        found = look(watch, PROFILE, seen(100.0, (50.0, 4), runs=1000 * (turn + 1)), SETTINGS)
+        watch = found.watch
+        refits += found.refit is not None
+    assert refits == 1 or watch.correction.points, "the same correction again and again is no news"
+    assert watch.correction.scale <= SETTINGS.bounds[1]
+    assert refits <= 2
+
+
+def test_a_stored_correction_holds_for_its_own_profile_only() -> None:
+    stored = Correction(digest(PROFILE), 1.7)
+    assert start(PROFILE, stored).correction is stored
+    anew = replace(
+        PROFILE, points=tuple(replace(p, latency_ms_p50=0.9 * p.latency_ms_p50) for p in PROFILE.points)
+    )
+    assert start(anew, stored).correction == Correction(digest(anew))
+
+
+def replace_runs(cell: Seen, runs: int) -> Seen:
+    return cell._replace(runs=runs)
