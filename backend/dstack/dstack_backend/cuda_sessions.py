@@ -17,18 +17,17 @@ from dstack_backend.errors import ModelError, one_line
 from dstack_backend.onnx_file import external_files
 from dstack_backend.optimized import Cache, key_of
 from dstack_backend.runtime import open_onnx, session_options, specs_of
+from dstack_backend.settings import CONV_LAYOUTS, CONV_SEARCHES
 from dstack_backend.tensors import Array, TensorSpec
 from dstack_backend.weights import SharedWeights
 
 log = logging.getLogger("dstack")
 
-CONV_SEARCHES = ("HEURISTIC", "EXHAUSTIVE", "DEFAULT")
 AGREEMENT = 0.02  # largest relative difference of two runs, by norm: algorithms may differ (TF32)
-TRIAL_ROWS = 2
+TRIAL_ROWS = 3  # no dimension of a model happens to have it as easily as 1, 2 or 4
 SHARED_FROM_BYTES = 1024  # smaller weights stay in the model: some are shapes that ONNX Runtime must see
 _MODEL, _WEIGHTS = "model.onnx", "weights.bin"  # of a cache entry
 _FORM = "2"  # of cache entries; another one for each change of what they hold
-LAYOUTS = ("auto", "nchw", "nhwc")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +54,8 @@ class CudaOptions:
             raise ModelError(
                 f"conv_algo_search {self.conv_algo_search!r}: one of {', '.join(CONV_SEARCHES)} is wanted"
             )
-        if self.conv_layout not in LAYOUTS:
-            raise ModelError(f"conv_layout {self.conv_layout!r}: one of {', '.join(LAYOUTS)} is wanted")
+        if self.conv_layout not in CONV_LAYOUTS:
+            raise ModelError(f"conv_layout {self.conv_layout!r}: one of {', '.join(CONV_LAYOUTS)} is wanted")
         if any(not 0 < level <= 100 for level in self.levels):
             raise ModelError(f"levels {list(self.levels)}: numbers in (0, 100] are wanted")
 

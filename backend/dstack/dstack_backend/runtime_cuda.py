@@ -29,7 +29,7 @@ from dstack_backend.cuda_levels import Levels
 from dstack_backend.cuda_pace import Finish
 from dstack_backend.cuda_plain import PlainBatch, PlainPath
 from dstack_backend.cuda_programs import Program
-from dstack_backend.cuda_sessions import CudaOptions, Form, Sessions, form_of, samples, shape_of
+from dstack_backend.cuda_sessions import TRIAL_ROWS, CudaOptions, Form, Sessions, form_of, samples, shape_of
 from dstack_backend.cuda_shelf import Shelf
 from dstack_backend.cuda_slots import Slot, Slots, lifted, rows_of
 from dstack_backend.errors import BackendError, DeviceError, DeviceLostError, ModelError, RunError, one_line
@@ -40,7 +40,6 @@ from dstack_backend.staging import aligned
 from dstack_backend.tensors import Array, DeviceArray, Feed
 
 GROWTH = 8  # times the largest batch prepared: up to there a program is made on demand
-ODD_ROWS = 3  # no dimension of a model happens to have it as easily as 1, 2 or 4
 MPS_PERCENT = "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"
 
 
@@ -175,7 +174,7 @@ class CudaSession(TwoPhases):
         return {name: array[tile] for name, array in feeds.items()}, [array[tile] for array in answers]
 
     def _refer(self) -> tuple[dict[str, Array], list[Array]]:
-        rows = 1 if self._form.whole else ODD_ROWS
+        rows = 1 if self._form.whole else TRIAL_ROWS
         feeds = samples(self.inputs, rows, seed=rows)
         answers = self._plain.run(feeds, self._names, trial=True)
         for answer, spec in zip(answers, self.outputs, strict=True):

@@ -46,6 +46,7 @@ ONNXRUNTIME_PARAMETERS = frozenset(
     }
 )
 CONV_SEARCHES = ("EXHAUSTIVE", "HEURISTIC", "DEFAULT")
+CONV_LAYOUTS = ("auto", "nchw", "nhwc")
 AUTO_LEVELS = (25.0, 50.0, 100.0)
 MAX_LEVELS = 16
 DEFAULT_MODEL_FILE = "model.onnx"
@@ -102,7 +103,7 @@ def parse_settings(args: Mapping[str, str]) -> tuple[Settings, list[str]]:
                 "cuda_graphs": read.choice("cuda_graphs", "true", ("true", "false")) == "true",
                 "tf32": read.choice("tf32", "true", ("true", "false")) == "true",
                 "conv_algo_search": read.choice("conv_algo_search", "HEURISTIC", CONV_SEARCHES),
-                "conv_layout": read.choice("conv_layout", "auto", ("auto", "nchw", "nhwc")),
+                "conv_layout": read.choice("conv_layout", "auto", CONV_LAYOUTS),
                 "memory_limit_bytes": int(read.number("gpu_memory_limit_mb", 0, 0, 1 << 20)) << 20,
                 "levels": read.levels(),
                 "process_memory_limit_bytes": int(read.number("process_memory_limit_mb", 0, 0, 1 << 20))
