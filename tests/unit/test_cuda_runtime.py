@@ -230,6 +230,18 @@ def test_a_batch_given_up_leaves_its_slot_to_another(rig: Rig, session: CudaSess
     rig.check(session.run({"x": x}), x)
 
 
+def test_large_batches_have_fewer_slots(
+    rig: Rig, session: CudaSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda_slots, "LEASE_TIMEOUT_S", 0.01)
+    monkeypatch.setattr(cuda_slots, "MANY_BYTES", 1000)
+    held = [session.stage({"x": rig.rows(1)}) for _ in range(cuda_slots.LEAST_SLOTS)]
+    with pytest.raises(RunError, match="4 batches are under way"):
+        session.stage({"x": rig.rows(1)})
+    for each in held:
+        each.close()
+
+
 def test_stage_waits_for_a_slot(rig: Rig, session: CudaSession, monkeypatch: pytest.MonkeyPatch) -> None:
     held = [session.stage({"x": rig.rows(1)}) for _ in range(cuda_slots.MAX_SLOTS)]
     x, answers = rig.rows(2), []
@@ -241,7 +253,7 @@ def test_stage_waits_for_a_slot(rig: Rig, session: CudaSession, monkeypatch: pyt
     rig.check(answers, x)
     held[0] = session.stage({"x": rig.rows(1)})
     monkeypatch.setattr(cuda_slots, "LEASE_TIMEOUT_S", 0.01)
-    with pytest.raises(RunError, match=r"4 batches are under way and none was closed in 0.01 s"):
+    with pytest.raises(RunError, match=r"8 batches are under way and none was closed in 0.01 s"):
         session.stage({"x": rig.rows(1)})
     for each in held:
         each.close()

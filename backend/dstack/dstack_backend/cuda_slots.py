@@ -22,7 +22,8 @@ from dstack_backend.cuda_host import HostMemory
 from dstack_backend.errors import RunError
 from dstack_backend.tensors import Array, DeviceArray, Feed, TensorSpec
 
-MAX_SLOTS = 4  # one staged, one running, two being answered
+MAX_SLOTS = 8  # two being staged, one running, one launched behind it, the others being answered
+LEAST_SLOTS, MANY_BYTES = 4, 512 << 20  # of slots together: beyond, no more than the least that overlap takes
 LEASE_TIMEOUT_S = 30.0
 GATHER_BELOW_BYTES = 1 << 16
 _EVENTS = ("entering", "arrived", "started", "computed", "leaving", "left")
@@ -150,11 +151,11 @@ class Slots:
         """
         with self._returned:
             ready = self._returned.wait_for(
-                lambda: self._free or self._made < MAX_SLOTS, timeout=LEASE_TIMEOUT_S
+                lambda: self._free or self._made < self._limit(), timeout=LEASE_TIMEOUT_S
             )
             if not ready:
                 raise RunError(
-                    f"{MAX_SLOTS} batches are under way and none was closed in {LEASE_TIMEOUT_S:g} s"
+                    f"{self._made} batches are under way and none was closed in {LEASE_TIMEOUT_S:g} s"
                 )
             slot = self._free.pop() if self._free else None
             self._made += slot is None
@@ -168,6 +169,9 @@ class Slots:
                 self._returned.notify()
             raise
         return slot
+
+    def _limit(self) -> int:
+        return MAX_SLOTS if self.size_bytes < MANY_BYTES else LEAST_SLOTS
 
     def _remake(self, small: Slot | None) -> Slot:
         if small is not None:
