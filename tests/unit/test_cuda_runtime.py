@@ -893,7 +893,7 @@ def test_the_sizes_prepared(batch_size: int, sizes: tuple[int, ...]) -> None:
 
 
 def test_bad_options() -> None:
-    with pytest.raises(ModelError, match="conv_algo_search .FAST.: one of EXHAUSTIVE"):
+    with pytest.raises(ModelError, match=r"conv_algo_search .FAST.: one of EXHAUSTIVE"):
         CudaOptions(conv_algo_search="FAST")
     with pytest.raises(ModelError, match="levels"):
         CudaOptions(levels=(0.0,))
