@@ -44,6 +44,7 @@ class Counters:
         self.clock = clock
         self.rates = {"a": 20.0, "b": 5.0}
         self.counts = {"a": 0.0, "b": 0.0}
+        self.failed: dict[str, int] = {}
         self.down = False
         self.unloaded = ""
         self._last_s = 0.0
@@ -54,7 +55,9 @@ class Counters:
         passed_s, self._last_s = self.clock.now - self._last_s, self.clock.now
         for name, rate in self.rates.items():
             self.counts[name] = self.counts.get(name, 0.0) + rate * passed_s
-        return {"model_stats": [{"name": model, "inference_count": int(self.counts[model])}]}
+        fail = {"fail": {"count": self.failed.get(model, 0)}}
+        rows = int(self.counts[model])
+        return {"model_stats": [{"name": model, "inference_count": rows, "inference_stats": fail}]}
 
 
 class FakeSources:

@@ -97,7 +97,7 @@ def _with_slos_that_can_be_kept(
     """The SLOs that stand in every plan's way, stretched until a plan is found; nothing else is touched.
 
     A model alone, at next to no rate, shows whether its SLO can be kept at all. What is left after that is
-    the wait for co-runners: then all are stretched together.
+    the wait for co-runners: those models are stretched on, and if that is not enough all are.
     """
     slo_ms: dict[str, float] = {}
     for model in workload.models:
@@ -108,12 +108,16 @@ def _with_slos_that_can_be_kept(
             stretched *= STRETCH
         if stretched is not None and stretched != model.slo_ms:
             slo_ms[model.name] = stretched
-    for _ in range(SLO_STEPS):
+    guilty = frozenset(slo_ms)
+    for step in range(2 * SLO_STEPS):
         relaxed = _relaxed(workload, slo_ms)
         plan = make(relaxed)
         if plan.models:
             return relaxed, slo_ms, plan
-        slo_ms = {m.name: STRETCH * m.slo_ms for m in relaxed.models if m.slo_ms is not None}
+        longer = {m.name: STRETCH * m.slo_ms for m in relaxed.models if m.slo_ms is not None}
+        if guilty and step < SLO_STEPS:  # those that cannot keep theirs anyhow make room first
+            longer = {name: ms for name, ms in longer.items() if name in guilty}
+        slo_ms |= longer
     return workload, {}, plan
 
 
