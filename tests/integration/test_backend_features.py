@@ -24,6 +24,7 @@ from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from dstack_backend.endpoint import SOCKET_VARIABLE
 from dstack_backend.staging import aligned
+from dstack_backend.stats import STAGES
 from dstack_sched.adapters.triton_process import TritonProcess, find_server
 from fakes import feature_models as made
 from fakes.arbiter_bench import ArbiterProcess
@@ -457,6 +458,22 @@ def test_everything_at_once_under_32_clients(served: Served) -> None:
     assert sum(served.metric("dstack_batches_total", name) for name in batched) < requests
 
 
+def test_a_lone_client_is_answered_by_tritons_thread_and_its_stages_are_timed(served: Served) -> None:
+    before = served.metric("dstack_returned_requests_total", "lookup")
+    client, feeds = served.client(), {"index": np.array([[3]], np.int64)}
+    for _ in range(40):
+        assert np.array_equal(ask(client, "lookup", feeds)["row"], served.plain("lookup", feeds)["row"])
+    give_up = time.monotonic() + WITHIN_S
+    while served.metric("dstack_returned_requests_total", "lookup") - before < 30:
+        assert time.monotonic() < give_up, "a lone client's requests took the long way"
+        time.sleep(0.2)
+    batches = served.metric("dstack_batches_total", "lookup")
+    samples = served.metric("dstack_stage_samples_total", "lookup")
+    assert samples == len(STAGES) * batches
+    assert served.metric("dstack_stage_seconds_total", "lookup") > 0
+    assert served.metric("dstack_latency_samples_total", "lookup") >= 40
+
+
 def test_everything_at_once_under_the_arbiter(served: Served, tmp_path: Path) -> None:
     """The same with all models under one arbiter's grants, from joining to its end by kill -9 under load."""
     arbiter = ArbiterProcess(served.socket, tmp_path / "arbiter.log")
@@ -468,6 +485,13 @@ def test_everything_at_once_under_the_arbiter(served: Served, tmp_path: Path) ->
             assert time.monotonic() < give_up, "not all instances joined"
             time.sleep(0.05)
         ask_everything(served)
+        told = arbiter.client.request("telemetry", since=0)
+        assert told["instances"] and all("stages_us" in each for each in told["instances"].values())
+        feeds = {"index": np.array([[3]], np.int64)}
+        time.sleep(0.2)  # from now on it is alone
+        for _ in range(10):
+            ask(served.client(), "lookup", feeds)
+        assert arbiter.client.request("status")["models"]["lookup"]["rows"] >= 10
         killer = threading.Timer(0.3, arbiter.end, [signal.SIGKILL])
         killer.start()
         ask_everything(served)
@@ -478,6 +502,7 @@ def test_everything_at_once_under_the_arbiter(served: Served, tmp_path: Path) ->
     time.sleep(1.1)  # metrics are brought up to date each second
     assert served.metric("dstack_grants_total", "dense") > 0
     assert served.metric("dstack_arbiter_disconnects_total", "dense") == 1
+    assert served.metric("dstack_standing_grants_total", "lookup") > 0
 
 
 def test_unload_under_load_answers_every_accepted_request(served: Served) -> None:

@@ -52,6 +52,7 @@ class Rules:
     stand: bool = True
 
 
+LATELY_US = 100_000  # who was active since then may come again at any moment
 MIN_SESSION_US = 100_000  # where no model has an objective
 Entry = tuple[int, int, Instance, bool]  # urgency, serial (ties by age), instance, whether it runs
 ROWS_WORTH_WAITING = 0.5  # rows expected until it must go
@@ -298,7 +299,7 @@ class DStackEngine(EngineBase):
         for other in self.instances.values():
             if other.run is not None or other.standing is not None or other is instance:
                 continue
-            if now - other.active_us > self.session_us:
+            if now - other.active_us > LATELY_US:
                 continue
             if len(instance.levels) > 1:  # the other's coming changes the share that is best for this one
                 return
