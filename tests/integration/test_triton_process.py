@@ -134,6 +134,7 @@ def test_a_server_that_refuses_its_arguments_says_why(repository: Path) -> None:
     with pytest.raises(MachineError, match=r"ended with status \d+ before it was ready: .*no-such-option"):
         server.start()
     assert server.process is None
+    assert server.failure() == "does not run", "serve must try again: a restart that failed is no health"
 
 
 def test_nobody_at_the_url_is_one_line() -> None:

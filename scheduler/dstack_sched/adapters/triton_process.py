@@ -172,8 +172,11 @@ class TritonProcess:
         return f"{error}: {last}{where}" if last else f"{error}{where}"
 
     def failure(self) -> str | None:
-        """Why the server is down, with the last error of its log; None while it runs."""
-        status = self.process.poll() if self.process is not None else None
+        """Why the server is down, with the last error of its log; None while it runs. One whose last start
+        failed is down, too."""
+        if self.process is None:
+            return "does not run"
+        status = self.process.poll()
         return None if status is None else self._why(MachineError(f"ended with status {status}"))
 
     def stop(self) -> None:
