@@ -11,7 +11,7 @@ import pytest
 
 from dstack_backend.answers import CANCEL_CHECK_AFTER_US
 from dstack_backend.errors import CancelledError, DeviceLostError, RejectedError, RunError
-from dstack_backend.executor import CROWD_US, LOOK_EVERY, SHORT_RUN_US, Executor
+from dstack_backend.executor import CROWD_US, HEELS_US, LOOK_EVERY, SHORT_RUN_US, Executor
 from dstack_backend.interfaces import Permit
 from dstack_backend.pipeline import Pipeline
 from dstack_backend.staging import Staging
@@ -371,6 +371,7 @@ def test_a_crowd_is_noticed_and_served_with_overlap(rig: Rig) -> None:
     rig.device.on_run = lambda: time.sleep(2 * SHORT_RUN_US / 1e6)
     here = 0
     while True:
+        rig.now_us += HEELS_US  # time for a client to send the next
         rig.gate.at_hand = [permit()]
         looked = FakeRequest(1)
         executor.submit([looked])
@@ -392,6 +393,19 @@ def test_a_crowd_is_noticed_and_served_with_overlap(rig: Rig) -> None:
     alone = FakeRequest(4)
     executor.submit([alone])
     assert not alone.deferred and doubled(alone)
+
+
+def test_a_request_on_the_heels_of_an_answer_waited_in_triton(rig: Rig) -> None:
+    executor = rig.start()
+    rig.device.on_run = lambda: time.sleep(2 * SHORT_RUN_US / 1e6)
+    rig.gate.at_hand = [permit(), permit()]
+    executor.submit([FakeRequest(1)])
+    rig.now_us += HEELS_US - 1
+    second = FakeRequest(2)
+    executor.submit([second])
+    assert second.deferred
+    rig.gate.grant(4)
+    assert doubled(second)
 
 
 def test_short_runs_stay_in_tritons_thread(rig: Rig) -> None:

@@ -27,6 +27,7 @@ class Answers:
         self._lock = threading.Lock()
         self._settled = threading.Condition(self._lock)
         self.in_flight = 0
+        self.idle_since_us = 0  # when the last one was answered
 
     def expect(self, items: Sequence[Item]) -> None:
         """These were accepted."""
@@ -96,10 +97,12 @@ class Answers:
                 item.request.fail(error)
         except Exception as failure:
             log.error("cannot answer a request: %s", one_line(failure))
+        now_us = self._now_us()
         with self._lock:
             self.in_flight -= 1
+            self.idle_since_us = now_us
             self._settled.notify_all()
-        self.stats.request_done(max(0, self._now_us() - item.arrival_us))
+        self.stats.request_done(max(0, now_us - item.arrival_us))
 
     def reject(self, items: Sequence[Item], why: str) -> None:
         for item in items:

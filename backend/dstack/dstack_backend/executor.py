@@ -30,9 +30,11 @@ BEST_EFFORT_US = 3_600_000_000  # the deadline of a request without one: it neve
 HELPERS = 4  # one makes the next batch, the others answer: Triton acknowledges a response in 0.1 ms or so
 MAX_LAUNCHED = 2  # one runs, one behind it
 FIRST_RUN_US = 10_000  # what a run is expected to take before any was seen
-# Requests that come while others are under way are a crowd, which overlap serves best. None comes while
-# Triton's thread runs one itself, so every so often it does not, and looks.
+# Requests that come while others are under way, or sooner after an answer than its client could send the
+# next, are a crowd, which overlap serves best. None comes while Triton's thread runs one itself, so every so
+# often it does not, and looks.
 CROWD_US = 50_000
+HEELS_US = 100
 LOOK_EVERY = 16
 SHORT_RUN_US = 300  # a run this short gains nothing from overlapping
 LONG_RUN_US = 5_000  # during a run this long, Triton's thread had better take more requests in
@@ -117,7 +119,7 @@ class Executor:
         if kept is not None:
             self._pipeline.close(kept)
         started_us = self._now_us()
-        if self._answers.in_flight:
+        if self._answers.in_flight or started_us - self._answers.idle_since_us < HEELS_US:
             self._crowd_us = started_us
         items = [item for item in map(self._accept, requests) if item]
         if self._run_here(items, started_us):
