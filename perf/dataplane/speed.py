@@ -53,10 +53,14 @@ def check_answers(study: Study, server: Server, served: str, name: str, rows: in
 def served(study: Study) -> dict[str, Any]:
     """Throughput at saturation: by model the best of several concurrencies, all of which are listed."""
     server, names = speed_server(study)
+    before = server.metrics()
 
     def saturated(name: str) -> dict[str, Any]:
+        whole = best(study, server, name, BATCH, WHOLE_BATCH_CONCURRENCY)
+        whole["stages_us"] = stage_means_us(before, server.metrics(), name)
+        study.say(f"{name}: {whole['stages_us']}")
         found = {
-            "client_batch_16": best(study, server, name, BATCH, WHOLE_BATCH_CONCURRENCY),
+            "client_batch_16": whole,
             "client_batch_1": best(study, server, name, 1, SINGLE_ROW_CONCURRENCY),
             "relative_error": check_answers(study, server, name, name, BATCH),
         }

@@ -180,7 +180,23 @@ def throughput_table(study: Study, found: Mapping[str, Any]) -> list[str]:
         "Rows per second at batch size 16; system shared memory clients, best concurrency in brackets. Floor:"
         " a model of the same tensors in Triton's Python backend that answers at once."
     )
-    return ["## Throughput at saturation", "", text, "", *table(head, rows)] if rows else []
+    return (
+        ["## Throughput at saturation", "", text, "", *table(head, rows), *stages_table(study)]
+        if rows
+        else []
+    )
+
+
+def stages_table(study: Study) -> list[str]:
+    """Where a batch's time goes under clients of 16 rows."""
+    found = {
+        model: row["client_batch_16"].get("stages_us", {})
+        for model, row in study.result("served").get("models", {}).items()
+    }
+    stages = sorted({stage for row in found.values() for stage in row})
+    rows = [[model, *(number(row.get(stage)) for stage in stages)] for model, row in found.items()]
+    text = "Stages with clients of 16 rows, means in us; they overlap from batch to batch."
+    return [text, "", *table(["model", *stages], rows)] if stages else []
 
 
 def floor_of(study: Study, model: str) -> Mapping[str, Any]:
