@@ -72,6 +72,14 @@ perf-engine: setup ## time of a decision and of a grant's round trip -> perf/rep
 perf-simulation: setup ## every policy in every simulated cell -> perf/reports/simulation.json and .md
 	$(BIN)/python perf/simulation.py
 
+.PHONY: perf-forecast
+perf-forecast: setup ## forecasts replayed on a recorded trace: lost against provided -> perf/reports/forecast.json
+	$(BIN)/python perf/forecast.py
+
+.PHONY: perf-adaptive
+perf-adaptive: setup models ## rates that shift every minute: static, adaptive, oracle, 33 min -> perf/reports/adaptive.json and .png
+	$(BIN)/python perf/adaptive.py
+
 .PHONY: perf-soak
 perf-soak: setup ## half an hour under load with a fault a minute: what grows, what is lost -> perf/reports/soak.json
 	$(BIN)/python perf/soak.py $(SOAK)

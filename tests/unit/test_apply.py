@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from dstack_sched.adapters.edit_journal import FileEditJournal
 from dstack_sched.adapters.repository import DiskRepository
-from dstack_sched.app.apply import Applier
+from dstack_sched.app.apply import Applier, stated_plan
 from dstack_sched.app.changes import Reach
 from dstack_sched.app.edits import ConfigEdits
 from dstack_sched.domain.plan import ModelPlan, Plan, Replica
@@ -404,3 +405,43 @@ def test_files_that_need_no_load_are_put_back_when_a_load_fails(world: World) ->
     with pytest.raises(InputError):
         world.applier.apply(plan(detect=row(60, 8), voice=row(50, 1)), Reach(arbiter=True))
     assert world.texts() == before
+
+
+def test_instances_on_the_cpu_are_stated_only_where_there_are_several(world: World) -> None:
+    def rows(count: int) -> ModelPlan:
+        each = replace(row(50, 4), gpu=-1)
+        return replace(each, replicas=(Replica(-1, 50.0, 1.0),) * count)
+
+    world.applier.apply(plan(detect=rows(1)))
+    assert "instance_group" not in str(world.repository.read_config("detect"))
+    world.server.loads.clear()
+    report = world.applier.apply(plan(detect=rows(2)), Reach(arbiter=True))
+    assert report.reloads == 1
+    assert "instance_group [ { count: 2 kind: KIND_CPU } ]" in str(world.repository.read_config("detect"))
+    stated = stated_plan(world.repository, plan(detect=rows(1)))
+    assert len(stated.models["detect"].replicas) == 2
+    assert world.applier.apply(plan(detect=rows(2)), Reach(arbiter=True)).loads == 0
+    assert world.applier.apply(plan(detect=rows(1)), Reach(arbiter=True)).reloads == 1
+    assert len(stated_plan(world.repository, plan(detect=rows(1))).models["detect"].replicas) == 1
+
+
+def test_instances_that_stay_are_not_waited_for(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton keeps the instances that are there when only their number grows: waiting for their end would
+    take a minute, in which nothing else is put in force."""
+    world.applier.apply(plan(detect=row(50, 4)))
+    old = world.server.stubs["detect"]
+    load = world.server.load
+
+    def in_place(model: str) -> None:
+        load(model)
+        world.server.lingering[old] = 1_000_000
+        world.server.in_force[model] = {
+            **world.server.in_force[model], "instance_group": [{"kind": "KIND_CPU", "count": 2}],
+        }  # fmt: skip
+
+    monkeypatch.setattr(world.server, "load", in_place)
+    monkeypatch.setattr(world.server, "pids", lambda model: frozenset({old, world.server.stubs[model]}))
+    began_s = world.clock.now
+    two = replace(row(50, 4), gpu=-1, replicas=(Replica(-1, 50.0, 1.0),) * 2)
+    assert world.applier.apply(plan(detect=two), Reach(arbiter=True)).reloads == 1
+    assert world.clock.now - began_s < 1

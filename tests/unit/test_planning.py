@@ -286,3 +286,54 @@ def test_the_verb_still_prints_the_plan_when_nothing_fits_and_raises_the_line(fi
     assert json.loads(done.stdout)["feasible"] is False
     assert isinstance(done.exception, InfeasibleError) and done.exception.exit_status == 1
     assert str(done.exception).startswith("SLO 1.5 ms of resnet50 cannot be met")
+
+
+# -- a CPU's cores ----------------------------------------------------------------------------------------
+
+
+def cpu_profiles(speed_up: float) -> ProfileSet:
+    """Two models on two cores; a batch on both is speed_up times as fast as on one."""
+    device = Device("cpu", 2, 8 << 30, "cpu", "onnxruntime")
+    points = tuple(
+        ProfilePoint(p, b, 10.0 * b / (1.0 if p == 50.0 else speed_up), 12.0 * b, 100)
+        for p in (50.0, 100.0)
+        for b in (1, 2, 4)
+    )
+    return ProfileSet(device, {name: ModelProfile(name, "0" * 64, 1 << 20, points) for name in "ab"})
+
+
+def cpu_plan(hot_per_s: float, other_per_s: float, speed_up: float = 1.3, **options):
+    demand = Workload((ModelDemand("a", 200.0, hot_per_s), ModelDemand("b", 200.0, other_per_s)))
+    return make_plan(cpu_profiles(speed_up), demand, PlanOptions(**options))
+
+
+def test_a_model_that_outgrows_a_core_gets_an_instance_on_each():
+    """Guards against one process with many threads where the threads wait for each other."""
+    plan = cpu_plan(140.0, 10.0)
+    assert plan.feasible
+    assert (plan.capacity_percent, plan.gpus) == (100.0, ("cpu",))
+    row = plan.models["a"]
+    assert (row.gpu, row.gpu_percent, len(row.replicas)) == (-1, 50.0, 2)
+    assert {replica.gpu for replica in row.replicas} == {-1}
+    assert row.rate_per_s == 140.0
+    assert len(plan.models["b"].replicas) == 1
+
+
+def test_models_that_fit_a_core_each_stay_one_instance():
+    plan = cpu_plan(60.0, 60.0)
+    assert plan.feasible
+    assert [len(row.replicas) for row in plan.models.values()] == [1, 1]
+
+
+def test_instances_that_are_held_stay_as_many():
+    one = cpu_plan(140.0, 10.0, held={"a": (50.0, 1), "b": (50.0, 1)})
+    assert len(one.models["a"].replicas) == 1
+    assert not one.feasible
+    two = cpu_plan(20.0, 10.0, held={"a": (50.0, 2), "b": (50.0, 1)})
+    assert two.feasible
+    assert len(two.models["a"].replicas) == 2
+
+
+def test_a_share_that_is_held_is_planned_with():
+    plan = cpu_plan(20.0, 10.0, held={"a": (100.0, 1)})
+    assert plan.models["a"].gpu_percent == 100.0
