@@ -15,12 +15,16 @@ class SlowSum:
     """y = x W^depth with W orthogonal-like, so that a batch takes a while; rows do not mix.
 
     Input "x_NAME" and output "y_NAME": FP32 [-1, WIDTH]; names differ by model, as perf_analyzer needs.
+    detours: so many times W and W^-1 on the way, which takes time and changes no answer.
     """
 
-    def __init__(self, name: str, *, inner: int = 512, depth: int = 24, seed: int = 0) -> None:
+    def __init__(
+        self, name: str, *, inner: int = 512, depth: int = 24, seed: int = 0, detours: int = 0
+    ) -> None:
         rng = np.random.default_rng(seed)
         self.name = name
         self.depth = depth
+        self.detours = detours
         self.enter = (rng.standard_normal((WIDTH, inner)) / np.sqrt(WIDTH)).astype(np.float32)
         q, _ = np.linalg.qr(rng.standard_normal((inner, inner)))
         self.turn = q.astype(np.float32)
@@ -28,7 +32,9 @@ class SlowSum:
 
     def save(self, path: Path) -> None:
         matrices = {"enter": self.enter, "turn": self.turn, "leave": self.leave}
-        steps = ["enter", *["turn"] * self.depth, "leave"]
+        if self.detours:
+            matrices["back"] = self.turn.T.copy()
+        steps = ["enter", *["turn"] * self.depth, *["turn", "back"] * self.detours, "leave"]
         names = [f"x_{self.name}", *(f"h{i}" for i in range(len(steps) - 1)), f"y_{self.name}"]
         nodes = [helper.make_node("MatMul", [names[i], step], [names[i + 1]]) for i, step in enumerate(steps)]
         graph = helper.make_graph(
