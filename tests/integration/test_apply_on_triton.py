@@ -208,6 +208,63 @@ def test_a_controller_killed_in_the_middle_is_cleaned_up_after(site: Site) -> No
     assert list(site.state.glob("edits/*/edits.json")) == []
 
 
+def changed(site: Site, before: dict[str, str]) -> int:
+    """How many files differ; temporary files of a write under way are none."""
+    now = site.tree()
+    return sum(now.get(name) != text for name, text in before.items())
+
+
+def journal_is_there(site: Site, before: dict[str, str]) -> bool:
+    return bool(list(site.state.glob("edits/*/edits.json")))
+
+
+def both_are_written(site: Site, before: dict[str, str]) -> bool:
+    return changed(site, before) == 2
+
+
+class OnTheWayBack:
+    """Both were written, and one is as before again."""
+
+    def __init__(self) -> None:
+        self.most = 0
+
+    def __call__(self, site: Site, before: dict[str, str]) -> bool:
+        self.most = max(self.most, now := changed(site, before))
+        return self.most == 2 and now < 2 and journal_is_there(site, before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("moment", "damage"),
+    [(journal_is_there, None), (both_are_written, None), (OnTheWayBack(), custom_operator)],
+    ids=["journal written", "second config written", "on the way back"],
+)
+def test_kill_9_at_other_moments_loses_nothing_either(site: Site, moment: Any, damage: Any) -> None:
+    if damage is not None:
+        damage(site.root / "beta" / "1" / "model.onnx")
+    before = site.tree()
+    with Load(site.server.grpc_url, MODELS, clients=2) as load:
+        load.wait_for(50)
+        process = site.start_apply(plan(alpha=(40, 4), beta=(60, 2)))
+        until_s = time.monotonic() + PATIENCE_S
+        while not moment(site, before):
+            assert time.monotonic() < until_s and process.poll() is None, "the moment did not come"
+            time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+        process.communicate(timeout=10)
+        status, _, err = site.apply(plan(alpha=(70, 4)))
+        assert status == 0, err
+        load.wait_for(load.total() + 100)
+    assert load.failed() == []
+    finished = damage is None
+    assert f"beta: an interrupted apply was {'finished' if finished else 'undone'}" in err
+    stated = (site.root / "beta" / "config.pbtxt").read_text()
+    assert ('"gpu_percent" value { string_value: "60" }' in stated) == finished
+    assert (site.in_force("beta").get("gpu_percent") == "60") == finished
+    assert site.in_force("alpha")["gpu_percent"] == "70"
+    assert not journal_is_there(site, before) and not list(site.root.glob(".dstack-*"))
+
+
 def bad_inputs() -> list[Any]:
     def config(text: str) -> Any:
         return lambda site: (site.root / "beta" / "config.pbtxt").write_text(text)
