@@ -408,9 +408,13 @@ def test_a_request_on_the_heels_of_an_answer_waited_in_triton(rig: Rig) -> None:
     assert doubled(second)
 
 
-def test_short_runs_stay_in_tritons_thread(rig: Rig) -> None:
-    """Sending each answer of a crowd costs more than overlap saves."""
-    executor = rig.start()
+@pytest.mark.parametrize(("overlap", "run_us"), [(True, 0), (False, 2 * SHORT_RUN_US)])
+def test_where_overlap_gains_nothing_requests_stay_in_tritons_thread(
+    rig: Rig, overlap: bool, run_us: int
+) -> None:
+    """Sending each answer of a crowd costs more than overlap saves: where runs are short, and on the CPU."""
+    executor = rig.start(overlap=overlap)
+    rig.device.on_run = lambda: time.sleep(run_us / 1e6)
     for number in range(3 * LOOK_EVERY):
         rig.gate.at_hand = [permit()]
         request = FakeRequest(number)

@@ -55,7 +55,8 @@ class Executor:
     """One instance's queue and threads.
 
     slo_us 0: best effort. prefetch: batches that may wait here; 0: submit() returns once all its requests are
-    settled. batched False: every request runs alone. on_lost: called once the device is lost and all that
+    settled. batched False: every request runs alone. overlap: the device computes beside the host, so that
+    gathering and answering meanwhile gain something. on_lost: called once the device is lost and all that
     was accepted is answered. slo_us, batch_size: what is in force, which the arbiter may change.
     """
 
@@ -69,6 +70,7 @@ class Executor:
         slo_us: int = 0,
         reject_late: bool = False,
         prefetch: float = 2.0,
+        overlap: bool = True,
         stats: Stats | None = None,
         clock_us: Callable[[], int] = monotonic_us,
         on_lost: Callable[[], None] = lambda: None,
@@ -79,6 +81,7 @@ class Executor:
         self.slo_us, self._reject_late = slo_us, reject_late
         self._prefetch, self.batch_size = prefetch, batch_size
         self._prefetch_rows = max(1.0, prefetch * batch_size)
+        self._overlap = overlap
         self.stats = stats or Stats()
         self._now_us = clock_us
         self._on_lost = on_lost
@@ -214,7 +217,7 @@ class Executor:
         if not self._prefetch:
             return True
         run_us = self._expected_us(sum(item.rows for item in items), 0)
-        if run_us <= SHORT_RUN_US:
+        if run_us <= (SHORT_RUN_US if self._overlap else LONG_RUN_US):
             return True
         if run_us > LONG_RUN_US or started_us - self._crowd_us < CROWD_US:
             return False

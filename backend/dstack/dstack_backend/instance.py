@@ -79,6 +79,7 @@ class Instance:
             slo_us=settings.slo_us,
             reject_late=settings.reject_late,
             prefetch=settings.prefetch,
+            overlap=settings.provider == "cuda",
             stats=self.stats,
             on_lost=self._end,
         )
