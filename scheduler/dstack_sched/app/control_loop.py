@@ -182,6 +182,7 @@ class ControlLoop:
                 if not blind:
                     self._say(f"rates cannot be read, what is in force stays until they can: {error}")
                 blind = True
+                self._telemetry.publish()  # the faults: nobody else tells them now
                 continue
             blind = False
             self._telemetry.part("server", up=True)
