@@ -74,11 +74,6 @@ class HealthTelemetry:
             self._present[key] = (since_us, since_s, detail)
         self._metrics.replace(table.FAULTS_PRESENT, dict.fromkeys(self._present, 1.0))
 
-    def passed(self, kind: str, subject: str, took_s: float) -> None:
-        """A fault that was healed in the same breath as it was found."""
-        self._metrics.count(table.FAULTS, kind=kind, subject=subject)
-        self._metrics.observe(table.RECOVERIES, took_s, kind=kind)
-
     def restarted(self, service: str) -> None:
         """A service was started again."""
         self._metrics.count(table.SERVICE_RESTARTS, service=service)
