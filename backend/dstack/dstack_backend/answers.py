@@ -26,20 +26,23 @@ class Answers:
         self._drop = drop
         self._lock = threading.Lock()
         self._settled = threading.Condition(self._lock)
-        self.in_flight = 0
-        self.idle_since_us = 0  # when the last one was answered
+        self.unanswered = 0  # accepted, and no answer is on its way yet
+        self.idle_since_us = 0  # when the last one was about to be answered
+        self._in_flight = 0  # accepted, and the answer has not left
 
     def expect(self, items: Sequence[Item]) -> None:
         """These were accepted."""
         with self._lock:
-            self.in_flight += len(items)
+            self.unanswered += len(items)
+            self._in_flight += len(items)
             self.stats.requests += len(items)
             self.stats.rows += sum(item.rows for item in items)
 
     def forget(self, items: Sequence[Item]) -> None:
         """Undo expect()."""
         with self._lock:
-            self.in_flight -= len(items)
+            self.unanswered -= len(items)
+            self._in_flight -= len(items)
             self.stats.requests -= len(items)
             self.stats.rows -= sum(item.rows for item in items)
 
@@ -84,7 +87,10 @@ class Answers:
             if item.settled:
                 return
             item.settled = True
-            self.stats.late += item.deadline_us < self._now_us()
+            # Before it leaves: its client may send the next before this thread is back.
+            self.unanswered -= 1
+            self.idle_since_us = now_us = self._now_us()
+            self.stats.late += item.deadline_us < now_us
             self.stats.failed += isinstance(error, RunError)
             self.stats.rejected += isinstance(error, RejectedError)
             self.stats.cancelled += isinstance(error, CancelledError)
@@ -97,12 +103,10 @@ class Answers:
                 item.request.fail(error)
         except Exception as failure:
             log.error("cannot answer a request: %s", one_line(failure))
-        now_us = self._now_us()
         with self._lock:
-            self.in_flight -= 1
-            self.idle_since_us = now_us
+            self._in_flight -= 1
             self._settled.notify_all()
-        self.stats.request_done(max(0, now_us - item.arrival_us))
+        self.stats.request_done(max(0, self._now_us() - item.arrival_us))
 
     def reject(self, items: Sequence[Item], why: str) -> None:
         for item in items:
@@ -118,9 +122,9 @@ class Answers:
     def wait_for(self, items: Sequence[Item]) -> None:
         """Until these are answered."""
         with self._lock:
-            self._settled.wait_for(lambda: all(item.settled for item in items) or not self.in_flight)
+            self._settled.wait_for(lambda: all(item.settled for item in items) or not self._in_flight)
 
     def wait_drained(self, within_s: float) -> None:
         """Until all that was accepted is answered, for at most that long."""
         with self._lock:
-            self._settled.wait_for(lambda: not self.in_flight, within_s)
+            self._settled.wait_for(lambda: not self._in_flight, within_s)

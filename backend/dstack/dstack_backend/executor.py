@@ -122,7 +122,7 @@ class Executor:
         if kept is not None:
             self._pipeline.close(kept)
         started_us = self._now_us()
-        if self._answers.in_flight or started_us - self._answers.idle_since_us < HEELS_US:
+        if self._answers.unanswered or started_us - self._answers.idle_since_us < HEELS_US:
             self._crowd_us = started_us
         items = [item for item in map(self._accept, requests) if item]
         if self._run_here(items, started_us):
@@ -177,7 +177,7 @@ class Executor:
 
     def _run_here(self, items: Sequence[Item], started_us: int) -> bool:
         """Run and answer a batch of these in this thread, where they are alone and a permit is at hand."""
-        unfit = self._answers.in_flight or self._closing or self._lost
+        unfit = self._answers.unanswered or self._closing or self._lost
         if not items or unfit or not self._is_alone(items, started_us):
             return False
         permit = self._gate.take()
