@@ -166,9 +166,9 @@ class Site:
         lines = path.read_text().splitlines() if path.exists() else []
         return [entry for entry in map(json.loads, lines) if not what or entry["what"] in what]
 
-    def status(self) -> dict[str, Any]:
+    def status(self, url: str | None = None) -> dict[str, Any]:
         """`dstackctl status --json`."""
-        places = ("--state", self.state, "--socket", self.socket, "--url", self.url)
+        places = ("--state", self.state, "--socket", self.socket, "--url", url or self.url)
         command = dstackctl("status", *places, "--json")
         return json.loads(subprocess.run(command, capture_output=True, check=True, timeout=60).stdout)
 

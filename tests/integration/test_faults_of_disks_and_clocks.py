@@ -253,6 +253,8 @@ def test_a_triton_and_an_arbiter_of_others_go_and_come_back(
             kept.unlink()
         time.sleep(12)
         assert run.process.poll() is None, run.said()
+        seen = {(fault["kind"], fault["subject"]) for fault in site.status(server.grpc_url)["faults"]}
+        assert {("server_away", "triton"), ("arbiter_away", "arbiter")} <= seen
         arbiter = ArbiterProcess(site.socket, site.folder / "arbiter.log")
         server.start()
         with TritonClient(server.grpc_url) as client, Load(server.grpc_url, site.models, rates=RATES) as load:
