@@ -14,7 +14,7 @@ import contextlib
 import gc
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -254,10 +254,11 @@ class CudaSession(TwoPhases):
         last_stream, ahead = self._last or (stream, None)
         if stream != last_stream:
             cuda.hold(stream, self._turn)
-        cuda.record(slot.event["started"], stream)
+        slot.mark("started", stream)
         program.run(slot, batch.rows, dict.fromkeys((*names, *left)), stream)
         cuda.record(slot.event["computed"], stream)
-        cuda.record(self._turn, stream)
+        if not program.captured:
+            cuda.record(self._turn, stream)
         slot.leave(names, batch.rows, self._copy_out)
         finish = program.pace.behind(ahead)
         batch.launched(names, left, finish)
@@ -338,7 +339,8 @@ class CudaBatch:
             self._times_us = self.slot.times_us()
             if self.finish is not None:
                 self.finish.reached()
-                self.finish.pace.learn(self._times_us["run"])
+                if self.slot.timed:
+                    self.finish.pace.learn(self._times_us["run"])
         hosts = [self.slot.outputs[name].host() for name in self._names]
         return [host[0] if self._whole else host[: self.rows] for host in hosts]
 
@@ -367,18 +369,22 @@ class CudaBatch:
         self._slots.give_back(self.slot)
 
 
-@contextlib.contextmanager
-def as_run_errors(cuda: Any) -> Iterator[None]:
+class as_run_errors:  # noqa: N801  a context manager by use; a class, for it is entered four times a batch
     """Any failure as RunError; as DeviceLostError where the device is lost, whoever noticed."""
-    try:
-        yield
-    except DeviceLostError:
-        raise
-    except Exception as error:
-        cuda.check()
-        if isinstance(error, RunError):
-            raise
-        raise RunError(one_line(error)) from error
+
+    __slots__ = ("_cuda",)
+
+    def __init__(self, cuda: Any):
+        self._cuda = cuda
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if not isinstance(error, Exception) or isinstance(error, DeviceLostError):
+            return
+        self._cuda.check()
+        if not isinstance(error, RunError):
+            raise RunError(one_line(error)) from error
 
 
 def bucket_of(rows: int) -> int:

@@ -37,7 +37,9 @@ class Running(Protocol):
 
     @property
     def times_us(self) -> Mapping[str, int]:
-        """Device time of its stages copy_in, run, copy_out, once outputs() has returned."""
+        """Device time of its stages copy_in, run, copy_out, once outputs() has returned; where not every
+        batch is timed, that of one before it.
+        """
         ...
 
     def wait(self) -> None:
