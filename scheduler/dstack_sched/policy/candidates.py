@@ -7,8 +7,9 @@ rate lambda evenly, and S the SLO:
     u = (lambda/n) F / b          utilization of one replica, at most 1
     d = p u                       its demand, GPU% on average (share-time per request c = p F / b, times rate)
     A = (b - 1) / (lambda/n)      assembly
-    slack = S - F - max(F, A)     what is left for waiting on co-runners: a request that just misses a batch
-                                  waits one run (F) or for its batch to fill (A), then runs (F)
+    slack = S - r F - max(F, A)   what is left for waiting on co-runners: a request that just misses a batch
+                                  waits one run (F) or for its batch to fill (A), then runs: r F in all but
+                                  one case of a hundred, r = p99 / p50 of the profile, at most MAX_TAIL
 
 A replica alone on its GPU has no co-runners: F = f there, and it waits for nobody.
 """
@@ -20,6 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from dstack_sched.policy.batch_program import assembly_ms
 from dstack_sched.policy.interference import Interference
@@ -27,6 +29,7 @@ from dstack_sched.policy.latency import LatencySurface
 from dstack_sched.policy.monotone import Array
 from dstack_sched.policy.runnable import RunnableGrid
 
+MAX_TAIL = 1.5  # a longer tail is the host's noise, or that of too few samples (decisions/0092)
 # Parts of the SLO to keep for waiting: for each GPU% the largest batch that keeps that much is a candidate.
 _KEPT_FOR_WAITING = (0.0, 0.2, 0.4, 0.6, 0.8)
 
@@ -80,20 +83,30 @@ def candidate(
     latency_ms = float(task.surface.latency_ms(p, b))
     if not alone:
         latency_ms *= float(interference.slowdown(task.name, capacity_percent - p))
-    return _at(task, (p, b, replicas), latency_ms, alone, rate_scale)
+    return _at(task, (p, b, replicas), latency_ms, float(_tail(task, p, b)), alone, rate_scale)
+
+
+def _tail(task: JointTask, p: ArrayLike, b: ArrayLike) -> Array:
+    """r: p99 over p50 of a run, at most MAX_TAIL; the broadcast shape of p and b."""
+    return np.minimum(task.surface.p99_ms(p, b) / task.surface.latency_ms(p, b), MAX_TAIL)
 
 
 def _at(
-    task: JointTask, choice: tuple[float, int, int], latency_ms: float, alone: bool, rate_scale: float
+    task: JointTask,
+    choice: tuple[float, int, int],
+    latency_ms: float,
+    tail: float,
+    alone: bool,
+    rate_scale: float,
 ) -> Candidate:
-    """The candidate whose latency, beside co-runners or alone, is known."""
+    """The candidate whose latency, beside co-runners or alone, is known; tail: r."""
     p, b, replicas = choice
     rate = task.rate_per_s * rate_scale / replicas
     utilization = rate * latency_ms / b / 1000.0
     if task.slo_ms is None:
         # Best effort fills what is left: it claims no capacity, whatever its rate.
         return Candidate(p, b, replicas, alone, latency_ms, 0.0, 0.0, math.inf)
-    slack = task.slo_ms - latency_ms - max(latency_ms, assembly_ms(b, rate))
+    slack = task.slo_ms - tail * latency_ms - max(latency_ms, assembly_ms(b, rate))
     return Candidate(p, b, replicas, alone, latency_ms, utilization, p * utilization, slack)
 
 
@@ -115,20 +128,22 @@ def candidates(
     percents = np.asarray(spread(task.grid.percents, max(3, limit // 2)))
     sizes = np.asarray(task.grid.batches)
     alone_ms = task.surface.latency_ms(percents[:, None], sizes[None, :])
+    tails = _tail(task, percents[:, None], sizes[None, :])
     slowdown = interference.slowdown(task.name, capacity_percent - percents)
     fill_ms = np.array([assembly_ms(int(b), task.rate_per_s * rate_scale) for b in sizes])
     found: dict[bool, list[Candidate]] = {False: [], True: []}
     for i, p in enumerate(percents):
         picked: set[int] = set()
         for factor in {1.0, float(slowdown[i])}:
-            picked |= _batches(task, factor * alone_ms[i], fill_ms)
+            picked |= _batches(task, factor * alone_ms[i], tails[i], fill_ms)
         for j in sorted(picked):
             for alone, kept in found.items():
                 latency_ms = float(alone_ms[i, j] * (1.0 if alone else slowdown[i]))
-                one = _at(task, (float(p), int(sizes[j]), 1), latency_ms, alone, rate_scale)
+                tail = float(tails[i, j])
+                one = _at(task, (float(p), int(sizes[j]), 1), latency_ms, tail, alone, rate_scale)
                 for replicas in _replica_counts(one, task.replicas, capacity_percent, gpus, every_count):
                     point = (one.gpu_percent, one.batch_size, replicas)
-                    item = one if replicas == 1 else _at(task, point, latency_ms, alone, rate_scale)
+                    item = one if replicas == 1 else _at(task, point, latency_ms, tail, alone, rate_scale)
                     if item.slack_ms >= 0 and item.utilization <= 1 + 1e-9:
                         kept.append(item)
     return (*_thin(pareto(found[False]), limit), *pareto(found[True]))
@@ -171,11 +186,11 @@ def spread(values: Sequence[float], count: int) -> list[float]:
     return [values[i] for i in sorted({int(np.abs(np.asarray(values) - w).argmin()) for w in wanted})]
 
 
-def _batches(task: JointTask, latency_ms: Array, fill_ms: Array) -> set[int]:
+def _batches(task: JointTask, latency_ms: Array, tail: Array, fill_ms: Array) -> set[int]:
     """Indices of the largest batch sizes that leave given parts of the SLO for waiting (one row per GPU%)."""
     if task.slo_ms is None:
         return {0, latency_ms.size - 1}
-    slack = task.slo_ms - latency_ms - np.maximum(latency_ms, fill_ms)
+    slack = task.slo_ms - tail * latency_ms - np.maximum(latency_ms, fill_ms)
     fits = [np.nonzero(slack >= kept * task.slo_ms)[0] for kept in _KEPT_FOR_WAITING]
     return {int(each[-1]) for each in fits if each.size}
 
