@@ -118,6 +118,40 @@ def test_one_of_several_instances_missing_is_a_fault_too() -> None:
     assert instances({"instance_group": []}) == instances({}) == 1
 
 
+class BlindStubs:
+    """As of a Triton on another host."""
+
+    def pids(self, model: str) -> None:
+        return None
+
+    def alive(self, pids: frozenset[int]) -> frozenset[int]:
+        return frozenset()
+
+    def blind_reason(self) -> str:
+        return "Triton is on another host"
+
+
+def test_on_another_host_a_model_that_answers_only_errors_is_loaded_again(site: Site) -> None:
+    reviver = Reviver(site.repository, site.server, site.clock)
+    site.guards = [StubGuard(site.server, BlindStubs(), reviver)]
+    site.health = site.new_health()
+    counts = site.server.counts
+    for model in MODELS:
+        counts[model] = {"rows": 5, "failed": 0}
+    for _ in range(60):  # alpha is dead, beta answers some, gamma is asked nothing
+        counts["alpha"]["failed"] += 1
+        counts["beta"] = {"rows": counts["beta"]["rows"] + 1, "failed": counts["beta"]["failed"] + 5}
+        site.look(0.5)
+        if site.server.loads:
+            break
+    assert site.server.loads == ["alpha"]
+    assert "10 s; its processes are probably dead" in site.log.entries[0]["reason"]
+    counts["alpha"] = {"rows": 1, "failed": 0}  # a full load sets them to 0
+    site.look(20)
+    assert site.log.story("alpha") == ["fault", "mended", "healed"]
+    assert site.server.loads == ["alpha"]
+
+
 def test_a_model_of_another_backend_is_left_alone(site: Site) -> None:
     site.server.in_force["gamma"] = {**site.server.in_force["gamma"], "backend": "onnxruntime"}
     site.server.kill_stub("gamma")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
-from typing import TypeAlias
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 from dstack_sched.app.arbiter_plans import ArbiterPlans
 from dstack_sched.app.instances import instances
@@ -15,14 +16,16 @@ from dstack_sched.errors import DstackError
 from dstack_sched.ports import ArbiterClient, ModelServer, StubProcesses
 
 FOREIGN_FOR_US = 10_000_000
+SILENT_ERRORS, SILENT_FOR_US = 10, 10_000_000
 Names: TypeAlias = Callable[[], Collection[str]]
 
 
 class StubGuard:
     """Models that Triton calls READY though a stub process of theirs is gone.
 
-    Triton 2.51 does not show it, nor start another one. Only models of our backend, and only on a host whose
-    processes we see; `models` None: all of them.
+    Triton 2.51 does not show it, nor start another one. Only models of our backend; `models` None: all of
+    them. Of a Triton whose processes we do not see (on another host) a model counts as dead once it has
+    answered nothing but errors, SILENT_ERRORS at least, for SILENT_FOR_US.
     """
 
     kind = FaultKind.STUB_DEAD
@@ -40,6 +43,7 @@ class StubGuard:
         self._models = models
         self._whole: dict[str, frozenset[int]] = {}  # the stubs of models that had all of theirs
         self._foreign_until_us: dict[str, int] = {}
+        self._last_answer: dict[str, Answers] = {}
 
     def look(self, now_us: int) -> Iterator[Fault]:
         ours = None if self._models is None else self._models()
@@ -68,11 +72,40 @@ class StubGuard:
         pids = self._stubs.pids(model)
         wanted = instances(config) * served.ready_versions
         if pids is None:
-            return ""
+            return self._silent(model, now_us)
         if len(pids) >= wanted:
             self._whole[model] = pids
             return ""
         return f"{wanted - len(pids)} of {wanted} stub processes are dead; Triton does not start them again"
+
+    def _silent(self, model: str, now_us: int) -> str:
+        now = Answers.read(self._server.statistics(model), model, now_us)
+        last = self._last_answer.get(model)
+        if last is None or now.right != last.right or now.errors < last.errors:  # it answers, or began anew
+            self._last_answer[model] = now
+            return ""
+        errors, silent_us = now.errors - last.errors, now_us - last.at_us
+        if errors < SILENT_ERRORS or silent_us < SILENT_FOR_US:
+            return ""
+        return f"{errors} errors and no answer in {silent_us / 1e6:.0f} s; its processes are probably dead"
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """A model's counters of requests since it was loaded, over its versions, and when they were read."""
+
+    right: int
+    errors: int
+    at_us: int
+
+    @classmethod
+    def read(cls, statistics: Mapping[str, Any], model: str, at_us: int) -> Answers:
+        found = [each for each in statistics.get("model_stats", ()) if each.get("name") == model]
+        counts = [
+            sum(int(each.get("inference_stats", {}).get(what, {}).get("count", 0)) for each in found)
+            for what in ("success", "fail")
+        ]
+        return cls(counts[0], counts[1], at_us)
 
 
 class LoadedGuard:
