@@ -25,7 +25,7 @@ class PlanRefusedError(InputError):
 
     @property
     def by_server(self) -> bool:
-        """Whether Triton refused the model; else something stood in the way that may go by itself (a disk)."""
+        """Whether Triton refused the model; else something stood in the way that may go by itself."""
         return isinstance(self.__cause__, ServerError)
 
 

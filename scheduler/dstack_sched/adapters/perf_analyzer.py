@@ -107,7 +107,8 @@ class PerfAnalyzerLoad:
     def _command(self, model: str, files: Path, requests: int) -> list[str]:
         options = self._options
         return [
-            str(self._program), "-m", options.names.get(model, model), "-i", options.protocol, "-u", options.url, "--async",
+            str(self._program), "-m", options.names.get(model, model),
+            "-i", options.protocol, "-u", options.url, "--async",
             "--max-threads", str(THREADS), "--shared-memory", options.shared_memory,
             "--request-intervals", str(files / "intervals"), "--request-count", str(requests),
             "--input-data", str(self._data[model]), "--profile-export-file", str(files / "export.json"),
