@@ -410,9 +410,12 @@ def test_a_request_on_the_heels_of_an_answer_waited_in_triton(rig: Rig) -> None:
 
 @pytest.mark.parametrize(("overlap", "run_us"), [(True, 0), (False, 2 * SHORT_RUN_US)])
 def test_where_overlap_gains_nothing_requests_stay_in_tritons_thread(
-    rig: Rig, overlap: bool, run_us: int
+    rig: Rig, overlap: bool, run_us: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Sending each answer of a crowd costs more than overlap saves: where runs are short, and on the CPU."""
+    monkeypatch.setattr(
+        "dstack_backend.executor.SHORT_RUN_US" if overlap else "dstack_backend.executor.LONG_RUN_US", 10**9
+    )
     executor = rig.start(overlap=overlap)
     rig.device.on_run = lambda: time.sleep(run_us / 1e6)
     for number in range(3 * LOOK_EVERY):
@@ -617,3 +620,72 @@ def test_a_batch_with_one_request_in_host_memory_is_answered_there(rig: Rig) -> 
     executor.submit(requests)
     rig.gate.grant(4)
     assert doubled(*requests)
+
+
+def staged(rig: Rig, count: int) -> None:
+    give_up = time.monotonic() + PATIENCE_S
+    while rig.device.staged < count:
+        assert time.monotonic() < give_up, "nothing was staged ahead"
+        time.sleep(0.002)
+
+
+def test_a_full_batch_is_on_the_device_before_its_permit(rig: Rig) -> None:
+    """So that the device does not idle between two batches; it could not have grown."""
+    executor = rig.start(synchronous=False)
+    requests = [FakeRequest([1, 2]), FakeRequest([3, 4]), FakeRequest(5)]
+    executor.submit(requests)
+    staged(rig, 1)
+    assert executor.state() == (5, executor.state()[1]) and not rig.device.batches
+    rig.gate.grant(4)
+    assert doubled(*requests[:2])
+    assert executor.state()[0] == 1 and rig.device.staged == 1
+    rig.gate.grant(4)
+    assert doubled(*requests)
+
+
+def test_a_smaller_permit_undoes_a_batch_made_ahead(rig: Rig) -> None:
+    executor = rig.start()
+    requests = [FakeRequest(number) for number in range(1, 5)]
+    executor.submit(requests)
+    staged(rig, 1)
+    rig.gate.grant(3)
+    assert doubled(*requests[:3])
+    assert rig.gate.wait_done(1) == [3] and executor.state()[0] == 1
+
+
+def test_a_more_urgent_request_undoes_a_batch_made_ahead(rig: Rig) -> None:
+    executor = rig.start(slo_us=500_000)
+    requests = [FakeRequest(number) for number in range(1, 5)]
+    executor.submit(requests)
+    staged(rig, 1)
+    urgent = FakeRequest(9, budget_us=1_000)
+    executor.submit([urgent])
+    rig.gate.grant(4)
+    assert doubled(urgent)
+    assert rig.device.batches[0][0, 0] == 9
+
+
+def test_shedding_and_late_ones_reach_a_batch_made_ahead(rig: Rig) -> None:
+    executor = rig.start(slo_us=10_000, reject_late=True)
+    shed = [FakeRequest(number) for number in range(4)]
+    executor.submit(shed)
+    staged(rig, 1)
+    executor.on_shed(rig.now_us + 50_000)
+    assert all(isinstance(request.wait().error, RejectedError) for request in shed)
+    late = [FakeRequest(number) for number in range(4)]
+    executor.submit(late)
+    staged(rig, 2)
+    rig.now_us += 20_000
+    rig.gate.grant(4)
+    assert all(isinstance(request.wait().error, RejectedError) for request in late)
+    assert rig.gate.wait_done(1) == [0]
+    assert not rig.device.batches
+
+
+def test_closing_answers_a_batch_made_ahead(rig: Rig) -> None:
+    executor = rig.start()
+    requests = [FakeRequest(number) for number in range(4)]
+    executor.submit(requests)
+    staged(rig, 1)
+    executor.close(0.05)
+    assert all(isinstance(request.wait().error, RejectedError) for request in requests)

@@ -89,6 +89,10 @@ class Batch:
         return self.parts[0].item.batched
 
     @property
+    def earliest_deadline_us(self) -> int:
+        return min(part.item.deadline_us for part in self.parts)
+
+    @property
     def on_device(self) -> bool:
         """True where all requests came, and want to be answered, in device memory."""
         return all(

@@ -41,6 +41,7 @@ LONG_RUN_US = 5_000  # during a run this long, Triton's thread had better take m
 DRAIN_S = 20.0
 STOP_S = 5.0
 REST_S, REFUSE_S = 0.5, 0.02  # without a device: the end waits so long for rest, each refusal gives so much
+NEVER = 1 << 62
 UNLOADING = "the model is unloading"
 
 log = logging.getLogger("dstack")
@@ -93,6 +94,8 @@ class Executor:
         self._answers = Answers(self.stats, clock_us, self._drop)
         self._permits: deque[Permit] = deque()
         self._making: Job | None = None  # a batch is being made for the next permit
+        self._ahead: Job | None = None  # a full batch, made and on the device before its permit
+        self._full_rows = batch_size  # what counts as full: as the last permit says
         self._launched: deque[Job] = deque()  # on the device, in order; the first one runs
         self._finished: deque[tuple[Job, Sequence[Part]]] = deque()  # to be answered by helpers
         self._kept: Job | None = None  # its answers were returned: Triton may still read them
@@ -141,7 +144,7 @@ class Executor:
             self._answers.wait_for(items)
             return
         with self._lock:
-            while self._queue.rows >= self._prefetch_rows and not self._closing:
+            while self._waiting_rows() >= self._prefetch_rows and not self._closing:
                 self._room.wait()
 
     def _accept(self, request: Request) -> Item | None:
@@ -171,7 +174,7 @@ class Executor:
                 self._queue.push(item)
             self._answers.expect(items)
             self.stats.waiting_rows = self._queue.rows
-            if self._launched and self._permits:
+            if (self._launched and self._permits) or self._queue.rows >= self._full_rows:
                 self._helpers_wake.notify()
         return None
 
@@ -228,19 +231,31 @@ class Executor:
 
     def state(self) -> tuple[int, int]:
         with self._lock:
-            return self._queue.rows, self._queue.earliest_deadline_us()
+            deadline_us = self._queue.earliest_deadline_us()
+            if self._ahead is not None and self._ahead.batch is not None:
+                first_us = self._ahead.batch.earliest_deadline_us
+                deadline_us = min(deadline_us or first_us, first_us)
+            return self._waiting_rows(), deadline_us
+
+    def _waiting_rows(self) -> int:
+        ahead = self._ahead.batch if self._ahead is not None else None
+        return self._queue.rows + (ahead.rows if ahead is not None else 0)
 
     def on_grant(self, permit: Permit) -> None:
         with self._lock:
             self._permits.append(permit)
+            self._full_rows = permit.batch_size
             # A live plan may grant more than the config says.
             self._prefetch_rows = max(1.0, self._prefetch * max(self.batch_size, permit.batch_size))
             (self._helpers_wake if self._launched else self._device_wakes).notify()
 
     def on_shed(self, deadline_before_us: int) -> None:
         with self._lock:
+            undone = self._undo_ahead(deadline_before_us)
             items = self._queue.remove_before(deadline_before_us)
             self._room.notify_all()
+        if undone is not None:
+            self._pipeline.close(undone)
         self._answers.reject(items, "shed by the scheduler: it could not meet its deadline")
 
     def on_plan(self, batch_size: int, slo_us: int, reject_late: bool) -> None:
@@ -261,10 +276,10 @@ class Executor:
 
     def _device_loop(self) -> None:
         while (job := self._next_job()) is not None:
-            if job.batch is None:
-                self._make(job)
-            elif job.begun:
+            if job.begun:
                 self._finish(job)
+            else:
+                self._make(job)
 
     def _next_job(self) -> Job | None:
         """The batch that runs, to be waited for; where none does, a new job for the next permit."""
@@ -274,11 +289,22 @@ class Executor:
                     if not self._launched[0].here:
                         return self._launched[0]
                 elif self._permits and self._making is None:
-                    self._making = Job(self._permits.popleft())
-                    return self._making
+                    return self._next_permitted()
                 if self._stopped:
                     return None
                 self._device_wakes.wait()
+
+    def _next_permitted(self) -> Job:
+        """The job of the next permit: with the batch that was made ahead, if there is one."""
+        job, self._ahead = self._ahead, None
+        permit = self._permits.popleft()
+        if job is None:
+            job = Job(permit)
+        elif job.batch is not None:
+            self._room.notify_all()
+        job.permit, job.ahead = permit, False
+        self._making = job
+        return job
 
     def _finish(self, job: Job) -> None:
         """Wait for a batch; the device is free: tell the gate before any client is answered."""
@@ -288,7 +314,8 @@ class Executor:
         batch = job.batch
         assert batch is not None
         with self._lock:
-            alone = not self._permits and not self._launched and self._making is None and not self._queue.rows
+            idle = not self._permits and not self._launched and self._making is None
+            alone = idle and self._ahead is None and not self._queue.rows
             if not alone or len(batch.parts) > 1:
                 self._finished.append((job, ()))
                 self._helpers_wake.notify()
@@ -300,24 +327,73 @@ class Executor:
     def _make(self, job: Job) -> None:
         """Make a batch for a permit, gather, stage and launch it. The caller has set _making."""
         try:
-            self._take_batch(job)
-            if job.batch is not None:
-                self._pipeline.prepare(job)
-                if not self._launch(job):
-                    with self._lock:
-                        self._queue.give_back(job.batch)
-                    self._pipeline.close(job)
-                    job.batch = None
+            if job.batch is not None and not self._is_still_good(job):
+                self._give_back(job)
+            if job.batch is None:
+                self._take_batch(job)
+                if job.batch is not None:
+                    self._pipeline.prepare(job)
+            if job.batch is not None and not self._launch(job):
+                self._give_back(job)
         finally:
-            with self._lock:
-                if self._making is job:
-                    self._making = None
-                self._device_wakes.notify()
-                self._helpers_wake.notify()
+            self._made(job)
         if job.batch is None:
             self._gate.done(job.permit, 0, 0, 0)
             with self._lock:
                 self.stats.unused_grants += 1
+
+    def _make_ahead(self, job: Job) -> None:
+        """Make a full batch, gather and stage it, to be launched as soon as its permit comes. It would not
+        have grown. The caller has set _making."""
+        try:
+            self._take_batch(job)
+            if job.batch is not None:
+                self._pipeline.prepare(job)
+        finally:
+            with self._lock:
+                self._ahead = job if job.batch is not None else None
+            self._made(job)
+        if self._lost is not None:
+            self._fail_waiting(self._lost)
+
+    def _made(self, job: Job) -> None:
+        with self._lock:
+            if self._making is job:
+                self._making = None
+            self._device_wakes.notify()
+            self._helpers_wake.notify()
+
+    def _is_still_good(self, job: Job) -> bool:
+        """Whether a batch that was made ahead is what would be made now."""
+        batch = job.batch
+        assert batch is not None
+        now_us = self._now_us()
+        job.made(now_us - job.stage_us.get("gather", 0))
+        first_us = batch.earliest_deadline_us
+        with self._lock:
+            other_us = self._queue.earliest_deadline_us()
+            late = self._reject_late and first_us < now_us
+            dead = any(part.item.settled for part in batch.parts)
+        urgent = 0 < other_us < min(first_us, now_us + 2 * self._expected_us(batch.rows))
+        return batch.rows <= job.permit.batch_size and not (late or dead or urgent)
+
+    def _give_back(self, job: Job) -> None:
+        """The rows of a batch wait again."""
+        assert job.batch is not None
+        with self._lock:
+            self._queue.give_back(job.batch)
+        self._pipeline.close(job)
+        job.batch, job.error = None, None
+
+    def _undo_ahead(self, before_us: int = NEVER) -> Job | None:
+        """Put the rows of the batch made ahead back, if one is due before then; the caller, who holds the
+        lock, closes the job."""
+        job = self._ahead
+        if job is None or job.batch is None or job.batch.earliest_deadline_us >= before_us:
+            return None
+        self._ahead = None
+        self._queue.give_back(job.batch)
+        return job
 
     def _take_batch(self, job: Job) -> None:
         """Take a batch from the queue; none where nothing waits."""
@@ -378,7 +454,9 @@ class Executor:
     def _helper_loop(self) -> None:
         while (help_wanted := self._next_help()) is not None:
             job, parts = help_wanted
-            if not job.begun:
+            if job.ahead:
+                self._make_ahead(job)
+            elif not job.begun:
                 self._make(job)
             elif parts:
                 self._answer_slice(job, parts)
@@ -386,12 +464,17 @@ class Executor:
                 self._respond(job)
 
     def _next_help(self) -> tuple[Job, Sequence[Part]] | None:
-        """A job to make behind the one that runs, where its batch would be full; else one to answer."""
+        """A job to make behind the one that runs, or ahead of its permit, where its batch would be full; else
+        one to answer."""
         with self._lock:
             while True:
-                may_make = self._permits and self._making is None and 0 < len(self._launched) < MAX_LAUNCHED
-                if may_make and self._queue.rows >= self._permits[0].batch_size:
-                    self._making = Job(self._permits.popleft())
+                if self._making is None and self._permits:
+                    full = self._ahead is not None or self._queue.rows >= self._permits[0].batch_size
+                    if full and 0 < len(self._launched) < MAX_LAUNCHED:
+                        return self._next_permitted(), ()
+                elif self._making is None and self._ahead is None and self._queue.rows >= self._full_rows:
+                    self._making = Job(Permit(self._full_rows, 0.0))
+                    self._making.ahead = True
                     return self._making, ()
                 if self._finished:
                     return self._finished.popleft()
@@ -440,12 +523,20 @@ class Executor:
             if self._lost is not None:
                 return
             self._lost = error
+        log.error("this process ends: %s", one_line(error))
+        self._fail_waiting(error)
+        threading.Thread(target=self._end_lost, name="dstack-end", daemon=True).start()
+
+    def _fail_waiting(self, error: RequestError) -> None:
+        """Fail everything that waits for a batch or a permit."""
+        with self._lock:
+            undone = self._undo_ahead()
             items = self._queue.clear()
             self._room.notify_all()
-        log.error("this process ends: %s", one_line(error))
+        if undone is not None:
+            self._pipeline.close(undone)
         for item in items:
             self._answers.settle(item, error)
-        threading.Thread(target=self._end_lost, name="dstack-end", daemon=True).start()
 
     def _end_lost(self) -> None:
         """Once all is answered: a stub that dies within a call of Triton's can take the server with it."""
@@ -460,9 +551,7 @@ class Executor:
             self._closing = True
             self._room.notify_all()
         self._answers.wait_drained(drain_s)
-        with self._lock:
-            left = self._queue.clear()
-        self._answers.reject(left, UNLOADING)
+        self._fail_waiting(RejectedError(UNLOADING))
         self._gate.close()
         with self._lock:
             self._stopped = True
@@ -471,5 +560,6 @@ class Executor:
         for thread in self._threads:
             if thread.is_alive():
                 thread.join(STOP_S)
+        self._fail_waiting(RejectedError(UNLOADING))  # what was being made meanwhile
         if self._kept is not None:
             self._pipeline.close(self._kept)

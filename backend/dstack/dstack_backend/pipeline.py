@@ -27,13 +27,14 @@ class Job:
     """A permit on its way through the stages; `stage_us`: how long each took."""
 
     __slots__ = (
-        "batch", "begun", "buffers", "ended_ns", "error", "here", "launched_ns", "names", "on_device",
-        "outputs", "permit", "running", "stage_us", "staged", "unanswered",
+        "ahead", "batch", "begun", "buffers", "ended_ns", "error", "here", "launched_ns", "names",
+        "on_device", "outputs", "permit", "running", "stage_us", "staged", "unanswered",
     )  # fmt: skip
 
     def __init__(self, permit: Permit):
         self.permit = permit
         self.batch: Batch | None = None
+        self.ahead = False  # made before its permit has come
         self.begun = False  # its permit was found good, and it is on the device
         self.here = False  # Triton's own thread runs and answers it
         self.buffers: Feeds = {}
