@@ -244,3 +244,24 @@ def test_an_oversubscribed_gpu_shares_its_groups_evenly() -> None:
     assert len(given) == 4
     assert all(sum(grant.sm_groups >> group & 1 for grant in given) == 2 for group in range(16))
     engine.check_invariants()
+
+
+def test_an_instance_that_is_alone_has_its_next_grant_from_the_start_of_the_run() -> None:
+    """A chained grant that comes late leaves the device idle while the next batch is launched."""
+    engine = DStackEngine()
+    for name in ("m", "other"):
+        engine.handle(joined(name, 60.0, slo_us=100_000), 0)
+    first = engine.handle(WorkQueued("m", 24, 200_000), 150_000)
+    assert [name for name, _ in grants(first)] == ["m", "m"]
+    engine.check_invariants()
+    done = engine.handle(BatchFinished("m", first[0].grant_id, 8, 4_000, 16, 210_000), 154_000)
+    assert len(grants(done)) == 1, "and so on"
+
+
+def test_next_to_others_a_chained_grant_is_decided_late() -> None:
+    engine = DStackEngine()
+    for name in ("m", "other"):
+        engine.handle(joined(name, 50.0, slo_us=100_000), 0)
+    engine.handle(WorkQueued("other", 1, 200_000), 150_000)
+    first = engine.handle(WorkQueued("m", 24, 200_000), 150_010)
+    assert [name for name, _ in grants(first)] == ["m"]

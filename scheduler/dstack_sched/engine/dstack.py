@@ -162,7 +162,7 @@ class DStackEngine(EngineBase):
                 self._wake(run.end_us - self.rules.chain_lead_us, WAKE_CHAIN, instance, token)
                 return
             # Under overload the queue is never empty: what comes until the end is worth more than the gap.
-            instance.chainable = not self.overloaded
+            instance.chainable = not self.overloaded or self._is_alone(instance, now)
         elif kind == WAKE_SESSION:
             instance.model.reported_us = -NEVER  # at most one of these a session anyhow: never held back
             self._report(instance, f"{instance.waiting} rows without a run for a whole session", now)
@@ -181,6 +181,8 @@ class DStackEngine(EngineBase):
                 instance.model.vtime = max(instance.model.vtime, self._vfloor)
         instance.active_us = now
         super()._queue(instance, waiting, deadline_us, now)
+        if instance.run is not None and not instance.chainable and waiting:
+            instance.chainable = self._is_alone(instance, now)
         if instance.work_since_us not in (since, NEVER):
             self._wake(now + self.session_us, WAKE_SESSION, instance, instance.work_since_us)
         self._place(instance, now)
@@ -193,10 +195,24 @@ class DStackEngine(EngineBase):
     def _begin(self, instance: Instance, run: Run, now: int) -> None:
         instance.chainable = instance.boosted = False
         super()._begin(instance, run, now)
-        if self.rules.chain:
+        instance.chainable = self._is_alone(instance, now)
+        if self.rules.chain and not instance.chainable:
             self._wake(
                 max(run.end_us - self.rules.chain_lead_us, now + 1), WAKE_CHAIN, instance, run.grant_id
             )
+
+    def _is_alone(self, instance: Instance, now: int) -> bool:
+        """Whether nobody else has used the GPU lately: then its next batch may be decided at any time.
+
+        Not where late requests are rejected under overload: an early decision sheds by a time still far."""
+        if not self.rules.chain or (self.overloaded and instance.reject):
+            return False
+        if len(self.running) > (instance.run is not None) or self._parked:
+            return False
+        return all(
+            other is instance or (not other.waiting and now - other.active_us > LATELY_US)
+            for other in self.instances.values()
+        )
 
     # ---- the order ------------------------------------------------------------------------------------
 
