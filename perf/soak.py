@@ -13,6 +13,7 @@ fault; any other is unexplained, and the soak fails. Exit status 1 when it fails
 from __future__ import annotations
 
 import argparse
+import http.client
 import json
 import os
 import signal
@@ -32,7 +33,7 @@ sys.path.insert(0, str(ROOT / "tests"))  # the load client and the deployment of
 from dstack_sched.adapters.repository import DiskRepository  # noqa: E402
 from dstack_sched.adapters.triton_client import TritonClient  # noqa: E402
 from fakes.load import Load, all_grow, wait_until  # noqa: E402
-from fakes.onnx_models import SlowSum  # noqa: E402
+from fakes.onnx_models import WIDTH, SlowSum  # noqa: E402
 from fakes.site import Site  # noqa: E402
 from report import REPORTS, write_report  # noqa: E402
 from staying_up.growth import Growth, grows, growths  # noqa: E402
@@ -57,11 +58,13 @@ TOLERANCE = {"rss_mib": 3.0, "anonymous_mib": 3.0, "descriptors": 2.0, "sockets"
 
 @dataclass
 class FaultRecord:
-    """One fault that was made. victims: the models whose process it took; recovered_s None: it did not."""
+    """One fault that was made. victims: the models whose process it took; recovered_s None: it did not.
+    triton_ended_by_itself: a crash of Triton's that nobody asked for; it takes all models."""
 
     what: str
     at_s: float
     victims: tuple[str, ...] = ()
+    triton_ended_by_itself: bool = False
     recovered_s: float | None = None
     failed: Counter[str] = field(default_factory=Counter)
 
@@ -96,7 +99,7 @@ class Faults:
         """The next one, and its recovery."""
         turn = self.turns[number % len(self.turns)]
         record = FaultRecord(turn.__name__.replace("_", " "), time.monotonic() - began_s)
-        at_s = time.monotonic()
+        at_s, triton = time.monotonic(), self._triton_pid()
         try:
             record.victims = turn()
             wait_until("all answer", all_grow(self.load.counts), RECOVER_WITHIN_S)
@@ -104,7 +107,13 @@ class Faults:
             record.recovered_s = time.monotonic() - at_s
         except AssertionError as error:
             print(f"{record.what}: {error}", flush=True)
+        if turn != self.triton_killed and self._triton_pid() != triton:
+            record.triton_ended_by_itself, record.victims = True, MODELS
         return record
+
+    def _triton_pid(self) -> int | None:
+        process = self.site.serve.triton() if self.site.serve else None
+        return process.pid if process else None
 
     def _killed(self, what: str, find: Callable[[], Any]) -> None:
         process = find()
@@ -162,11 +171,23 @@ class Faults:
         return {float(found["slo_ms"]) for found in self.site.stated().values()} == {self.slo_ms}
 
     def clients_vanish(self) -> tuple[str, ...]:
-        """Twenty clients that go away without waiting for their answers."""
-        crowd = Load(self.site.url, self.site.models, clients=7, answer_within_s=0.01)
-        time.sleep(3.0)
-        crowd.stop()
+        """Clients that go away without waiting for their answers. Over HTTP: cancelled gRPC requests crash
+        Triton before 24.12 (decisions/0102)."""
+        assert self.site.serve is not None
+        until_s = time.monotonic() + 3.0
+        while time.monotonic() < until_s:
+            for model in MODELS:
+                connection = http.client.HTTPConnection(self.site.serve.printed["urls"]["http"])
+                connection.request("POST", f"/v2/models/{model}/infer", json.dumps(a_request(model)))
+                connection.close()
+            time.sleep(0.02)
         return ()
+
+
+def a_request(model: str) -> dict[str, Any]:
+    """In the form of the KServe protocol."""
+    x = {"name": f"x_{model}", "datatype": "FP32", "shape": [1, WIDTH], "data": [1.0] * WIDTH}
+    return {"inputs": [x]}
 
 
 def start_run(site: Site) -> None:
@@ -266,6 +287,7 @@ def figures(
     verdict = {
         "every fault was recovered from": all(each.recovered_s is not None for each in records),
         "no fault is left": faults_left == [],
+        "Triton did not end by itself": not any(each.triton_ended_by_itself for each in records),
         "no request was lost without a cause": unexplained == [],
         "nothing grows": growing(growth) == [],
         # one region a stub, and one for each model that Triton holds though its stub was killed

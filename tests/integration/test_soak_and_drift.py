@@ -34,7 +34,7 @@ def test_a_short_soak(tmp_path: Path) -> None:
     assert out.exists(), done.stderr
     report = json.loads(out.read_text())
     verdict = {what: holds for what, holds in report["verdict"].items() if what != "nothing grows"}
-    assert len(verdict) == 5 and all(verdict.values()), (verdict, done.stdout)
+    assert len(verdict) == 6 and all(verdict.values()), (verdict, done.stdout)
     assert len(report["faults"]) >= 3
     assert report["requests"]["sent"] > 1000
     assert {"triton", "serve", "arbiter", "controller", "stub of alpha"} <= report["growth"].keys()
