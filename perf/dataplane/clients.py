@@ -29,6 +29,7 @@ WINDOWS = 3  # perf_analyzer prints no summary of fewer
 WINDOW_S = 0.7
 RUN_LIMIT_S = 30.0
 REQUEST_LIMIT_S = 5.0
+DRAIN_S = 2.0
 FAILURE_PAUSE_S = 0.02  # of a closed loop: a server that refuses at once must not be hammered
 CUDA_CLIENT = Path(__file__).with_name("shm_client.py")
 FIGURES = {
@@ -178,7 +179,8 @@ class CheckedClients:
 
     under_way: requests of a model that may wait for their answers at once. pause_s: between two requests;
     with a pause and many under way the load stays the same whatever the server does. Failures are counted
-    and the load goes on. Started when made; `stop`, then read `clients`.
+    and the load goes on. limit_s: for one request; one that runs into it is cancelled, which can crash
+    Triton 2.51 (server issue 7368). Started when made; `stop`, then read `clients`.
     """
 
     def __init__(
@@ -188,8 +190,9 @@ class CheckedClients:
         *,
         under_way: int = 1,
         pause_s: float = 0.0,
+        limit_s: float = REQUEST_LIMIT_S,
     ) -> None:
-        self._url, self._expected = url, expected
+        self._url, self._expected, self._limit_s = url, expected, limit_s
         self._under_way, self._pause_s = under_way, pause_s
         self._stop = threading.Event()
         self.clients = {model: Checked(model) for model in expected}
@@ -200,10 +203,11 @@ class CheckedClients:
             thread.start()
 
     def stop(self) -> None:
-        """End, once what is under way has been answered or has run into its time limit."""
+        """End; what is under way has a moment to be answered, the rest is cancelled and has failed."""
         self._stop.set()
         for thread in self._threads:
-            thread.join(2 * REQUEST_LIMIT_S)
+            thread.join(4 * DRAIN_S)
+        time.sleep(FAILURE_PAUSE_S)
 
     def _run(self, seen: Checked) -> None:
         feeds, wanted = self._expected[seen.model]
@@ -214,11 +218,12 @@ class CheckedClients:
                 if places.acquire(timeout=0.1):
                     seen.sent.append(time.monotonic())
                     ended = partial(self._ended, seen, wanted, seen.sent[-1], places)
-                    client.async_infer(seen.model, inputs, ended, client_timeout=REQUEST_LIMIT_S)
+                    client.async_infer(seen.model, inputs, ended, client_timeout=self._limit_s)
                     if self._pause_s:
                         self._stop.wait(self._pause_s)
+            until = time.monotonic() + DRAIN_S
             for _ in range(self._under_way):
-                places.acquire(timeout=REQUEST_LIMIT_S)
+                places.acquire(timeout=max(0.0, until - time.monotonic()))
 
     def _ended(
         self,

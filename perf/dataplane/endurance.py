@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 import psutil
+from tritonclient.utils import InferenceServerException
 
-from dataplane.clients import REQUEST_LIMIT_S, Checked, CheckedClients, totals
+from dataplane.clients import Checked, CheckedClients, totals
 from dataplane.references import reference
 from dataplane.server import Server
 from dataplane.speed import check_answers
@@ -31,7 +32,9 @@ QUIET_BEFORE_S = 2.0
 QUIET_AFTER_S = 2.0  # without a failure, until all counts as well again
 RECOVERY_LIMIT_S = 75.0
 SEND_EVERY_S = 0.02  # a request a model, whatever becomes of those before it
-MOST_UNDER_WAY = 400
+MOST_UNDER_WAY = 2000
+HANG_LIMIT_S = 30.0  # what was with a dead process hangs; cancelled while we look, it may crash Triton
+SERVING_LIMIT_S = 40.0
 
 
 def memory(study: Study, server: Server) -> dict[str, int]:
@@ -170,7 +173,10 @@ def mps(study: Study) -> dict[str, Any]:
 
 def kill_under_load(study: Study, server: Server, expected: Any, victims: set[str]) -> dict[str, Any]:
     """Steady load on all models, the kill, and the wait until all is well; what the clients saw."""
-    load = CheckedClients(server.grpc_url, expected, under_way=MOST_UNDER_WAY, pause_s=SEND_EVERY_S)
+    wait_serving(server, expected)
+    load = CheckedClients(
+        server.grpc_url, expected, under_way=MOST_UNDER_WAY, pause_s=SEND_EVERY_S, limit_s=HANG_LIMIT_S
+    )
     try:
         time.sleep(QUIET_BEFORE_S)
         before = totals(load)
@@ -195,9 +201,23 @@ def kill_under_load(study: Study, server: Server, expected: Any, victims: set[st
         "recovery_s": max(times_s) if well else None,
         "recovery_s_by_model": by_model,
         "sent_every_s": SEND_EVERY_S,
-        "request_limit_s": REQUEST_LIMIT_S,
+        "request_limit_s": HANG_LIMIT_S,
         **totals(load),
     }
+
+
+def wait_serving(server: Server, expected: Any) -> None:
+    """Until every model answers: the end of the load before may have cost a Triton. Errors: MachineError."""
+    until = time.monotonic() + SERVING_LIMIT_S
+    for name, (feeds, _) in expected.items():
+        while True:
+            try:
+                server.infer(name, feeds)
+                break
+            except InferenceServerException as error:
+                if time.monotonic() > until:
+                    raise MachineError(f"{name} does not answer: {error}") from error
+                time.sleep(0.2)
 
 
 def kill(server: Server, victims: set[str]) -> frozenset[int]:
