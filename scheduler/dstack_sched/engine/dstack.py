@@ -40,7 +40,7 @@ class Rules:
     """
 
     chain: bool = True
-    chain_lead_us: int = 250
+    chain_lead_us: int = 400
     levels: bool = True
     reserve: bool = True
     scoreboard: bool = True
