@@ -6,7 +6,7 @@ Each forecast sees the counts of whole seconds and sets the capacity two seconds
 A fluid queue with that capacity loses what would wait longer than 0.2 s. Every forecast has a knob (a
 factor, or the number of sigmas for bursts); at the setting that loses 2% of the rows, what counts is how
 much capacity it provided over the mean rate. The trace is sped up to three rates, as it is and in steps of
-a minute. """
+a minute."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ class FakeSources:
 
 
 class FakeSteps:
-    """control_loop.Steps. A model needs rate / PEAK_PER_S percent, and gets its part of 100% in steps of 10;
+    """steps.Steps. A model needs rate / PEAK_PER_S percent, and gets its part of 100% in steps of 10;
     batch 4, or 8 from 30 rows a second on. Remembers what it was asked, states what it applied last."""
 
     def __init__(self, clock: FakeClock) -> None:

@@ -1,15 +1,15 @@
 """The controller's loop: profile what is new, plan, put in force; then watch, and plan again when it pays.
 
-The steps come in as a Protocol, so that the loop only decides when, what and why. Everything it decides
-goes to the decision log with its reason. What must outlive it is stored by the steps (profiles,
+The steps come in as a Protocol (app/steps.py), so that the loop only decides when, what and why. Everything
+it decides goes to the decision log with its reason. What must outlive it is stored by the steps (profiles,
 corrections) or stated by the configs; a new controller finds the rest out again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from dstack_sched.app.backoff import Backoff, BackoffSettings
 from dstack_sched.app.changes import Change, Reach, changes, counts, loaded
@@ -26,11 +26,12 @@ from dstack_sched.app.replan import (
     settled,
     with_reserve,
 )
+from dstack_sched.app.steps import Steps
 from dstack_sched.app.telemetry import ControllerTelemetry, ModelLook
 from dstack_sched.app.watcher import Look, Watcher
 from dstack_sched.domain.change import ApplyReport
 from dstack_sched.domain.plan import Plan
-from dstack_sched.domain.profile import Correction, ProfileSet
+from dstack_sched.domain.profile import ProfileSet
 from dstack_sched.domain.workload import Workload
 from dstack_sched.errors import DstackError, InfeasibleError, PlanRefusedError
 from dstack_sched.ports import Clock, DecisionLog
@@ -39,56 +40,6 @@ SAME_AGAIN_S = 60.0  # a decision that changes nothing is logged once in so long
 RETRY_S = 10.0  # a plan that was refused lately is thought over again after so long
 START = "start"
 AFTER_A_FAILURE = BackoffSettings(first_s=2.0, last_s=30.0)  # a round that failed, whatever by
-
-
-class Steps(Protocol):
-    """What the loop has done for it. Errors: any DstackError; what it was about then stays as it was."""
-
-    def wanted(self) -> Workload:
-        """What the operator wants now: the workload file, read again when it has changed."""
-        ...
-
-    def profile(self, models: Iterable[str]) -> ProfileSet:
-        """Profiles of these models on this device; measured where they are not stored yet."""
-        ...
-
-    def plan(self, profiles: ProfileSet, workload: Workload, held: Held, *, lenient: bool) -> Plan:
-        """held: what models keep of what is in force. lenient: an SLO below the fastest run is no error."""
-        ...
-
-    def reach(self) -> Reach:
-        """What running instances can be told now."""
-        ...
-
-    def stated(self, plan: Plan) -> Plan:
-        """The plan with what the configs state now in place of its own; models without that are left out."""
-        ...
-
-    def stated_instances(self, models: Iterable[str]) -> Held:
-        """Model -> GPU% and instances that its config states; those whose config does not are left out."""
-        ...
-
-    def tell(self, plan: Plan, profiles: ProfileSet, workload: Workload) -> bool:
-        """Tell the arbiter; False where none answers or it refuses: health tells one that comes back. Never
-        fails."""
-        ...
-
-    def apply(self, plan: Plan, reach: Reach) -> ApplyReport:
-        """The configs, and the loads that they need beyond what was told."""
-        ...
-
-    def urgent(self) -> str | None:
-        """Why a new plan cannot wait: a GPU went or came back."""
-        ...
-
-    def corrections(self, profiles: ProfileSet) -> Mapping[str, Correction]:
-        """Those kept from before, by model."""
-        ...
-
-    def keep_corrections(self, profiles: ProfileSet, corrections: Mapping[str, Correction]) -> None: ...
-    def check_health(self) -> None:
-        """Find faults and mend them. Never fails."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""control_loop.Steps and watcher.Sources on a real deployment."""
+"""steps.Steps and watcher.Sources on a real deployment."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class WorkloadFile:
 
 
 class LiveSteps:
-    """See control_loop.Steps; the deployment is the one that `run` was started for."""
+    """See steps.Steps; the deployment is the one that `run` was started for."""
 
     def __init__(
         self,
