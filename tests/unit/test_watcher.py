@@ -62,6 +62,15 @@ def test_readings_of_different_moments_make_no_negative_rate() -> None:
     assert meter.step(70, 0, 3_000_000) is None, "no time has passed"
 
 
+def test_the_step_of_a_reload_is_left_out() -> None:
+    """Guards against a rate that falls for a second because a model was loaded: its counters began anew."""
+    meter = ArrivalMeter()
+    meter.step(1000, 0, 0)
+    assert meter.step(1030, 0, 1_000_000) == (1.0, 30.0)
+    assert meter.step(6, 0, 2_000_000) is None
+    assert meter.step(36, 0, 3_000_000) == (1.0, 30.0)
+
+
 METRICS = """\
 # HELP nv_inference_pending_request_count Instantaneous number of pending requests per-model.
 # TYPE nv_inference_pending_request_count gauge

@@ -35,13 +35,15 @@ class CounterDelta:
 
     def __init__(self) -> None:
         self._last: int | None = None
+        self.was_reset = False  # at the last reading: its growth is what is left, not what came
 
     def step(self, count: int) -> int | None:
         """Growth since the reading before; None at the first."""
         last, self._last = self._last, count
         if last is None:
             return None
-        return count - last if count >= last else count
+        self.was_reset = count < last
+        return count if self.was_reset else count - last
 
 
 class ArrivalMeter:
@@ -54,12 +56,13 @@ class ArrivalMeter:
         self._owed = 0  # rows seen waiting that left without being counted: taken off what comes next
 
     def step(self, count: int, waiting: int, now_us: int) -> tuple[float, float] | None:
-        """What arrived since the reading before; None at the first, or where no time has passed."""
+        """What arrived since the reading before; None at the first, where no time has passed, and over a
+        reset: what came before it is lost, and half a count must not pass for a rate that fell."""
         grown = self._counter.step(count)
         seconds = (now_us - self._read_at_us) / 1e6
         more, self._waiting = waiting - self._waiting, waiting
         self._read_at_us = now_us
-        if grown is None or seconds <= 0:
+        if grown is None or seconds <= 0 or self._counter.was_reset:
             return None
         arrived = grown + more - self._owed
         # The two readings are not of one moment: rows between them must not make a rate negative.
