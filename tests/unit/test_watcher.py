@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from dstack_sched.adapters.triton_metrics import parse_waiting
 from dstack_sched.app.drift import digest
-from dstack_sched.app.rates import ArrivalMeter, CounterDelta, arrivals, failures
+from dstack_sched.app.rates import ArrivalMeter, CounterDelta, Counts, arrivals, failures
 from dstack_sched.app.watcher import Watcher
 from dstack_sched.domain.profile import Correction, ProfileSet
 from dstack_sched.errors import ServerError
@@ -46,29 +46,43 @@ def test_a_reset_loses_at_most_what_came_between_two_readings(steps: list[int], 
 def test_what_waits_has_arrived_and_is_counted_once() -> None:
     """Guards against taking an overloaded server's throughput for the demand, and against counting twice."""
     meter = ArrivalMeter()
-    assert meter.step(0, 0, 0) is None
-    assert meter.step(10, 90, 1_000_000) == (1.0, 100.0)
-    assert meter.step(20, 180, 2_000_000) == (1.0, 100.0)
-    assert meter.step(200, 0, 4_000_000) == (2.0, 0.0)
-    assert meter.step(260, 0, 5_000_000) == (1.0, 60.0)
+    assert meter.step(Counts(0, 0, 1.0), 0, 0) is None
+    assert meter.step(Counts(10, 0, 1.0), 90, 1_000_000) == (1.0, 100.0)
+    assert meter.step(Counts(20, 0, 1.0), 180, 2_000_000) == (1.0, 100.0)
+    assert meter.step(Counts(200, 0, 1.0), 0, 4_000_000) == (2.0, 0.0)
+    assert meter.step(Counts(260, 0, 1.0), 0, 5_000_000) == (1.0, 60.0)
 
 
 def test_readings_of_different_moments_make_no_negative_rate() -> None:
     meter = ArrivalMeter()
-    meter.step(0, 50, 0)
-    assert meter.step(30, 0, 1_000_000) == (1.0, 0.0), "20 left the queue and are not counted yet"
-    assert meter.step(50, 0, 2_000_000) == (1.0, 0.0), "now they are"
-    assert meter.step(60, 0, 3_000_000) == (1.0, 10.0)
-    assert meter.step(70, 0, 3_000_000) is None, "no time has passed"
+    meter.step(Counts(0, 0, 1.0), 50, 0)
+    assert meter.step(Counts(30, 0, 1.0), 0, 1_000_000) == (1.0, 0.0), (
+        "20 are not counted yet"
+    )
+    assert meter.step(Counts(50, 0, 1.0), 0, 2_000_000) == (1.0, 0.0), "now they are"
+    assert meter.step(Counts(60, 0, 1.0), 0, 3_000_000) == (1.0, 10.0)
+    assert meter.step(Counts(70, 0, 1.0), 0, 3_000_000) is None, "no time has passed"
 
 
 def test_the_step_of_a_reload_is_left_out() -> None:
     """Guards against a rate that falls for a second because a model was loaded: its counters began anew."""
     meter = ArrivalMeter()
-    meter.step(1000, 0, 0)
-    assert meter.step(1030, 0, 1_000_000) == (1.0, 30.0)
-    assert meter.step(6, 0, 2_000_000) is None
-    assert meter.step(36, 0, 3_000_000) == (1.0, 30.0)
+    meter.step(Counts(1000, 0, 1.0), 0, 0)
+    assert meter.step(Counts(1030, 0, 1.0), 0, 1_000_000) == (1.0, 30.0)
+    assert meter.step(Counts(6, 0, 1.0), 0, 2_000_000) is None
+    assert meter.step(Counts(36, 0, 1.0), 0, 3_000_000) == (1.0, 30.0)
+
+
+def test_refused_requests_count_with_the_rows_of_the_others() -> None:
+    """Guards against taking 100 refused requests of 4 rows for 100 rows: the demand would look met."""
+    stats = {"success": {"count": 50}, "fail": {"count": 30}}
+    statistics = {"model_stats": [{"name": "a", "inference_count": 200, "inference_stats": stats}]}
+    counts = Counts.of(statistics, "a")
+    assert counts == Counts(200, 30, 4.0)
+    meter = ArrivalMeter()
+    meter.step(Counts(100, 10, 4.0), 0, 0)
+    assert meter.step(counts, 0, 1_000_000) == (1.0, 100.0 + 20 * 4.0)
+    assert Counts.of({"model_stats": []}, "a") == Counts(0, 0, 1.0)
 
 
 METRICS = """\

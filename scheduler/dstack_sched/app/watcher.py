@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from dstack_sched.app import drift
 from dstack_sched.app.drift import DriftSettings, DriftWatch
 from dstack_sched.app.forecast import Forecast, ForecastSettings, History
-from dstack_sched.app.rates import ArrivalMeter, CounterDelta, arrivals, failures
+from dstack_sched.app.rates import ArrivalMeter, CounterDelta, Counts, failures
 from dstack_sched.domain.profile import Correction, ModelProfile, ProfileSet
 from dstack_sched.engine.run_times import Seen
 from dstack_sched.errors import DstackError, ServerError
@@ -145,7 +145,7 @@ class Watcher:
         totals: Mapping[str, Any],
         seen: float | None,
     ) -> ModelView:
-        step = model.arrivals.step(arrivals(statistics, name), waiting, self._clock.now_us())
+        step = model.arrivals.step(Counts.of(statistics, name), waiting, self._clock.now_us())
         if step is not None:
             model.history.add(*step)
         failed = model.deltas["failed"].step(failures(statistics, name))
