@@ -56,9 +56,7 @@ def test_what_waits_has_arrived_and_is_counted_once() -> None:
 def test_readings_of_different_moments_make_no_negative_rate() -> None:
     meter = ArrivalMeter()
     meter.step(Counts(0, 0, 1.0), 50, 0)
-    assert meter.step(Counts(30, 0, 1.0), 0, 1_000_000) == (1.0, 0.0), (
-        "20 are not counted yet"
-    )
+    assert meter.step(Counts(30, 0, 1.0), 0, 1_000_000) == (1.0, 0.0), "20 are not counted yet"
     assert meter.step(Counts(50, 0, 1.0), 0, 2_000_000) == (1.0, 0.0), "now they are"
     assert meter.step(Counts(60, 0, 1.0), 0, 3_000_000) == (1.0, 10.0)
     assert meter.step(Counts(70, 0, 1.0), 0, 3_000_000) is None, "no time has passed"
