@@ -76,24 +76,26 @@ class Faults:
         self.site = site
         self.load = load
         self.slo_ms = SLO_MS
-        again = (
-            self.stub_of_alpha_killed,
-            self.arbiter_hangs,
-            self.alpha_reloaded,
-            self.clients_vanish,
-            self.stub_of_beta_killed,
-            self.objective_changed,
-        )
-        # Each kind of process dies once in the first minutes; from then on it must not grow for the rest.
-        self.turns: tuple[Callable[[], tuple[str, ...]], ...] = (
+        # Every kind of process dies in the first half, some more than once; in the second nothing does that
+        # leaves a model behind in Triton, so that its growth can be told from what those cost.
+        first = (
             self.stub_of_beta_killed,
             self.arbiter_killed,
             self.alpha_reloaded,
             self.controller_killed,
             self.clients_vanish,
             self.triton_killed,
-            *again * 8,
+            self.stub_of_alpha_killed,
+            self.arbiter_hangs,
+            self.stub_of_beta_killed,
+            self.objective_changed,
+            self.stub_of_alpha_killed,
+            self.alpha_reloaded,
+            self.clients_vanish,
+            self.stub_of_beta_killed,
         )
+        second = (self.arbiter_hangs, self.alpha_reloaded, self.clients_vanish, self.objective_changed)
+        self.turns: tuple[Callable[[], tuple[str, ...]], ...] = (*first, *second * 12)
 
     def make(self, number: int, began_s: float) -> FaultRecord:
         """The next one, and its recovery."""
