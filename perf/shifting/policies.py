@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -25,7 +26,7 @@ from dstack_sched.app.planning import PlanOptions
 from dstack_sched.app.profiling import ProfilingOptions
 from dstack_sched.app.replan import ReplanSettings
 from dstack_sched.app.telemetry import NoMetrics
-from dstack_sched.app.watcher import Look, ModelView
+from dstack_sched.app.watcher import Look, ModelView, Watcher
 from dstack_sched.cli.deployment import Deployment
 from dstack_sched.cli.host import Host
 from dstack_sched.cli.run import live_loop
@@ -97,10 +98,11 @@ def workload_document(workload: Workload) -> dict:
     return {"models": models}
 
 
-class Oracle:
+class Oracle(Watcher):
     """Looks of a controller that knows the mean rates of each minute, and plans at the marks."""
 
-    def __init__(self, script: Script) -> None:
+    def __init__(self, script: Script, *parts: Any) -> None:
+        super().__init__(*parts)
         self._script = script
         self._begin_s: float | None = None
 
@@ -126,22 +128,22 @@ class Oracle:
 def oracle(host: Host, deployment: Deployment, script: Script) -> Iterator[threading.Event]:
     """The same loop, its forecasts replaced by what will come: it plans at the minute marks and waits for no
     measurement. Its loads must pay over the minute, as the adaptive one's must."""
-    knows = Oracle(script)
     ready, stop = threading.Event(), threading.Event()
     wanted = script.workload(script.mean_rates())
+    knows: list[Oracle] = []
+
+    def make(*parts: Any) -> Oracle:
+        knows.append(Oracle(script, *parts))
+        return knows[-1]
+
     with TritonClient(host.triton.grpc_url) as server:
         here = Deployment(deployment.repository, server, deployment.state, deployment.socket)
+        at_once = ReplanSettings(cooldown_s=0.0)
         loop = live_loop(
-            here,
-            lambda: wanted,
-            NoMetrics(),
-            PROFILING,
-            PlanOptions(),
-            settings=ReplanSettings(cooldown_s=0.0),
+            here, lambda: wanted, NoMetrics(), PROFILING, PlanOptions(), settings=at_once, make_watcher=make
         )
-        loop._watcher.look = knows.look  # type: ignore[method-assign]
         first = loop.once()
-        thread = threading.Thread(target=follow, args=(loop, first, knows, ready, stop), daemon=True)
+        thread = threading.Thread(target=follow, args=(loop, first, knows[0], ready, stop), daemon=True)
         thread.start()
         try:
             yield ready

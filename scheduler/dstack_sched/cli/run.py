@@ -186,9 +186,11 @@ def live_loop(
     dry_run: bool = False,
     host: HostView | None = None,
     profiles: Path | None = None,
+    make_watcher: Callable[..., Watcher] = Watcher,
 ) -> ControlLoop:
     """The loop on a deployment, all wired. triton_metrics: HOST:PORT, "": backlogs are not looked at. host:
-    the GPUs to plan with, None: as many as `planning` says. profiles: None: measured as needed."""
+    the GPUs to plan with, None: as many as `planning` says. profiles: None: measured as needed. make_watcher:
+    who looks, for studies that know more."""
     clock, state, server = SystemClock(), deployment.state, deployment.server
     about = {"url": server.url, "repository": deployment.repository.name, "dry_run": dry_run}
     board = NoBoard() if dry_run else FileStatusBoard(state)
@@ -201,7 +203,7 @@ def live_loop(
     health = make_health(guards, state, deployment.repository, telemetry.health, HEALTH_SETTINGS)
     steps = LiveSteps(deployment, wanted, profiling, planning, provider, health.check, host, profiles)
     sources = LiveSources(deployment, TritonMetrics(triton_metrics) if triton_metrics else None)
-    watcher = Watcher(named(), server, sources, clock, forecasting)
+    watcher = make_watcher(named(), server, sources, clock, forecasting)
     log = FileDecisionLog(state, say)
     return ControlLoop(steps, watcher, clock, log, telemetry, settings=settings, dry_run=dry_run, say=say)
 
