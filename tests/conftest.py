@@ -7,6 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# How long an example takes says how busy the machine is, not whether the code is right.
+settings.register_profile("dstack", deadline=None)
+settings.load_profile("dstack")
 
 TESTS = Path(__file__).parent
 GUARDED = frozenset({"unit", "property", "sim"})

@@ -144,13 +144,29 @@ def progress(instances: list[Instance], what: str, by: int = 20) -> None:
     wait_until(lambda: all(getattr(i.stats, what) >= n + by for i, n in zip(instances, before, strict=True)))
 
 
+def most_at_once(arbiter: ArbiterProcess, both: list[Instance], device: Device, grants: int) -> int:
+    """The most batches at once over a stretch in which both were gated and no lease ran out. On a machine
+    that gives threads no time for 0.1 s, a living arbiter is rightly done without, a living batch given up."""
+
+    def disturbances() -> list[int]:
+        models = arbiter.client.request("status")["models"]
+        ungated = [each.stats.ungated_batches for each in both]
+        return ungated + [counters["leases_ended"] for counters in models.values()]
+
+    for _ in range(20):
+        before = disturbances()
+        with device.lock:
+            device.most = 0
+        progress(both, "grants", by=grants)
+        if before == disturbances():
+            return device.most
+    raise AssertionError("never undisturbed for long enough")
+
+
 def test_gated_instances_that_do_not_fit_never_run_side_by_side(instances) -> None:
-    _, both, device = instances
+    arbiter, both, device = instances
     progress(both, "grants", by=2)
-    with device.lock:
-        device.most = 0
-    progress(both, "grants", by=100)
-    assert device.most == 1
+    assert most_at_once(arbiter, both, device, grants=100) == 1
 
 
 def test_killed_arbiter_is_done_without_and_used_again(instances, start) -> None:
@@ -160,10 +176,7 @@ def test_killed_arbiter_is_done_without_and_used_again(instances, start) -> None
     progress(both, "ungated_batches")
     second = start()
     progress(both, "grants")
-    with device.lock:
-        device.most = 0
-    progress(both, "grants", by=50)
-    assert device.most == 1, "shares are kept again"
+    assert most_at_once(second, both, device, grants=50) == 1, "shares are kept again"
     status = second.client.request("status")
     assert sorted(backend["model"] for backend in status["backends"]) == ["a", "b"]
     assert status["gpus"]["0"]["planned_models"] == ["a", "b"]
@@ -176,10 +189,7 @@ def test_stopped_arbiter_stalls_nobody_and_is_used_again(instances) -> None:
     progress(both, "ungated_batches", by=100)
     arbiter.popen.send_signal(signal.SIGCONT)
     progress(both, "grants")
-    with device.lock:
-        device.most = 0
-    progress(both, "grants", by=50)
-    assert device.most == 1, "shares are kept again"
+    assert most_at_once(arbiter, both, device, grants=50) == 1, "shares are kept again"
     assert len(arbiter.client.request("status")["backends"]) == 2
 
 

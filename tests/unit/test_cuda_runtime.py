@@ -622,10 +622,11 @@ def test_wanted_groups_are_taken_once_they_are_prepared(rig: Rig) -> None:
     wanted, x = 0b0110_0110_0000_0000, rig.rows(3)
 
     def ran_on() -> int:
+        before = len(rig.cuda.launched)
         running = session.launch(session.stage({"x": x}), sm_groups=wanted)
         rig.check(running.outputs(), x)
         running.close()
-        assert rig.cuda.launched[-1] == running.sm_groups
+        assert running.sm_groups in rig.cuda.launched[before:]  # trials of new programs are launched, too
         return running.sm_groups
 
     assert ran_on().bit_count() == 4
