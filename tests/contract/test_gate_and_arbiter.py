@@ -146,7 +146,7 @@ def progress(instances: list[Instance], what: str, by: int = 20) -> None:
 
 def most_at_once(arbiter: ArbiterProcess, both: list[Instance], device: Device, grants: int) -> int:
     """The most batches at once over a stretch in which both were gated and no lease ran out. On a machine
-    that gives threads no time for 0.1 s, a living arbiter is rightly done without, a living batch given up."""
+    with no time for 0.1 s, a living arbiter is rightly done without and a living batch given up."""
 
     def disturbances() -> list[int]:
         models = arbiter.client.request("status")["models"]
