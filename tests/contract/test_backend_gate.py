@@ -246,6 +246,16 @@ def test_shed_reaches_the_queue(rig: Rig) -> None:
     until(lambda: rig.queue.shed == [12345])
 
 
+def test_what_is_left_after_a_shed_is_told_even_if_nothing_was_shed(rig: Rig) -> None:
+    """Guards against rows that starve: the arbiter guesses what a shed leaves, and where it guessed none while
+    a row stayed, nobody would have told it until another request came."""
+    arbiter = rig.join()
+    rig.want(9, 5_000)
+    assert arbiter.hear(wire.Work) == wire.Work(9, 5_000)
+    arbiter.say(wire.Shed(4_999))  # nothing is due before this
+    assert arbiter.hear(wire.Work) == wire.Work(9, 5_000)
+
+
 def test_without_an_arbiter_batches_run_two_at_most_and_one_joins_later(rig: Rig) -> None:
     rig.gate.start(rig.queue)
     rig.want(100)

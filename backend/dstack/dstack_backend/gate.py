@@ -35,6 +35,7 @@ OPEN, JOINING, GATED = "open", "joining", "gated"
 MAX_OUTSTANDING = 2  # one running, one behind it
 SHORT_RUN_US = 500  # a run under a standing grant that ends this soon is told by its Done alone
 NEVER = 1 << 62
+UNTOLD = (-1, 0)  # a report that no queue equals: the next one is sent whatever it says
 
 
 @dataclass(frozen=True, slots=True)
@@ -354,6 +355,10 @@ class ArbiterGate:
                 self._adopt(message)
         if isinstance(message, wire.Shed):
             self._listener.on_shed(message.deadline_before_us)
+            with self._lock:
+                self._reported = (
+                    UNTOLD  # the arbiter guessed what is left: rows it does not know of would starve
+                )
             self.work()
 
     def _granted(self, grant: wire.Grant) -> None:
