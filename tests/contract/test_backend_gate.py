@@ -247,8 +247,8 @@ def test_shed_reaches_the_queue(rig: Rig) -> None:
 
 
 def test_what_is_left_after_a_shed_is_told_even_if_nothing_was_shed(rig: Rig) -> None:
-    """Guards against rows that starve: the arbiter guesses what a shed leaves, and where it guessed none while
-    a row stayed, nobody would have told it until another request came."""
+    """Guards against rows that starve: the arbiter guesses what a shed leaves, and where it guessed none
+    while a row stayed, nobody would have told it until another request came."""
     arbiter = rig.join()
     rig.want(9, 5_000)
     assert arbiter.hear(wire.Work) == wire.Work(9, 5_000)

@@ -35,7 +35,8 @@ OPEN, JOINING, GATED = "open", "joining", "gated"
 MAX_OUTSTANDING = 2  # one running, one behind it
 SHORT_RUN_US = 500  # a run under a standing grant that ends this soon is told by its Done alone
 NEVER = 1 << 62
-UNTOLD = (-1, 0)  # a report that no queue equals: the next one is sent whatever it says
+# Equals no queue: the next report is sent, lest rows starve that the arbiter does not know of.
+UNTOLD = (-1, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -356,9 +357,7 @@ class ArbiterGate:
         if isinstance(message, wire.Shed):
             self._listener.on_shed(message.deadline_before_us)
             with self._lock:
-                self._reported = (
-                    UNTOLD  # the arbiter guessed what is left: rows it does not know of would starve
-                )
+                self._reported = UNTOLD  # the arbiter guessed what is left
             self.work()
 
     def _granted(self, grant: wire.Grant) -> None:
