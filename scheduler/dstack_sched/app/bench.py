@@ -25,6 +25,10 @@ MAX_STRETCHES = 50
 PATIENCE_S = 60.0  # beyond the schedule, for answers that are late
 
 
+# (model, its rate a second, seconds, its random stream) -> ascending times in [0, seconds), shape (arrivals,)
+Arrivals = Callable[[ModelDemand, float, float, np.random.Generator], np.ndarray]
+
+
 class LoadRun(Protocol):
     """A stretch of load that is under way."""
 
@@ -66,6 +70,13 @@ def arrival_times_s(rate_per_s: float, duration_s: float, rng: np.random.Generat
     return np.sort(rng.uniform(0.0, duration_s, count))
 
 
+def poisson(
+    demand: ModelDemand, rate_per_s: float, duration_s: float, rng: np.random.Generator
+) -> np.ndarray:
+    """Arrivals: a Poisson process."""
+    return arrival_times_s(rate_per_s, duration_s, rng)
+
+
 def run_bench(
     workload: Workload,
     generator: LoadGenerator,
@@ -73,15 +84,18 @@ def run_bench(
     clock: Clock,
     options: BenchOptions,
     started: Callable[[], None] = lambda: None,
+    arrivals: Arrivals | None = None,
 ) -> BenchResult:
-    """Drive the load and measure. `started` is called once all models are under load.
+    """Drive the load and measure. `started` is called once all models are under load. arrivals: default
+    Poisson.
 
     Errors: InputError when a model is not served, MachineError when the generator cannot be used.
     """
     check_served(workload, server)
     duration_s = options.warmup_s + options.seconds + TAIL_S
+    draw = arrivals or poisson
     schedules = {
-        demand.name: arrival_times_s(demand.rate_per_s * options.scale, duration_s, stream(options, demand))
+        demand.name: draw(demand, demand.rate_per_s * options.scale, duration_s, stream(options, demand))
         for demand in workload.models
     }
     loaded = [demand for demand in workload.models if schedules[demand.name].size]

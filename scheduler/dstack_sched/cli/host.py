@@ -45,6 +45,7 @@ class HostOptions:
     mps: bool = True
     log: LogOptions = field(default_factory=LogOptions)
     env: Mapping[str, str] = field(default_factory=dict)
+    triton_arguments: tuple[str, ...] = ()
 
     @property
     def arbiter_socket(self) -> Path:
@@ -111,6 +112,7 @@ class Host:
                 **mps_environment,
                 SOCKET_VARIABLE: str(self.socket),
             },
+            extra_args=options.triton_arguments,
         )
 
     def load_models(self) -> dict[str, str | None]:
