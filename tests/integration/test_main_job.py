@@ -81,7 +81,7 @@ def test_the_main_job_end_to_end_and_again(repository: Path, tmp_path: Path) -> 
     assert status == 0, err
     assert tree(repository) == before, "the repository itself is not to be touched"
     result = json.loads((tmp_path / "run" / "result.json").read_text())
-    check_result(result)
+    check_result(result, err)
     for name, row in result["models"].items():
         config = (tmp_path / "run" / "models" / name / "config.pbtxt").read_text()
         stated = dict(re.findall(r'key: "(\w+)" value { string_value: "([^"]*)" }', config))
@@ -90,14 +90,21 @@ def test_the_main_job_end_to_end_and_again(repository: Path, tmp_path: Path) -> 
         assert config.startswith('backend: "dstack"  # ours\nmax_batch_size: 8\n')
     chart = (tmp_path / "run" / "timeline.html").read_text()
     assert '"alpha"' in chart and '"beta"' in chart, "the arbiter granted nothing"
-    profiles = tree(tmp_path / "run" / "profiles")
-    assert len(profiles) >= 2
-    status, _, err = finish(start(tmp_path, *arguments, "--seconds", 2))
+    measured = points(tmp_path / "run" / "profiles")
+    assert {model for model, _ in measured} == set(MODELS)
+    status, _, err = finish(start(tmp_path, *arguments, "--seconds", 2, "--time-budget-s", 5))
     assert status == 0, err
-    assert tree(tmp_path / "run" / "profiles") == profiles, "profiles were measured again"
+    # A noisy machine may leave the error above the target; then points are added, and only that.
+    assert measured <= points(tmp_path / "run" / "profiles"), "profiles were measured again"
 
 
-def check_result(result: dict[str, Any]) -> None:
+def points(profiles: Path) -> set[tuple[str, str]]:
+    """Model and point of every measurement kept."""
+    models = [json.loads(path.read_text())["model"] for path in profiles.glob("*/*.json")]
+    return {(model["name"], json.dumps(point)) for model in models for point in model["points"]}
+
+
+def check_result(result: dict[str, Any], said: str) -> None:
     """The contract of issue 2: exactly these keys, with figures that fit together."""
     assert set(result) == {"version", "triton_version", "reloads", "models"}
     assert (result["version"], result["reloads"]) == (1, 2)
@@ -105,7 +112,7 @@ def check_result(result: dict[str, Any]) -> None:
     assert set(result["models"]) == set(MODELS)
     for row in result["models"].values():
         assert tuple(row) == RESULT_KEYS
-        assert (row["slo_ms"], row["rate_per_s"], row["failed"]) == (500, 20, 0)
+        assert (row["slo_ms"], row["rate_per_s"], row["failed"]) == (500, 20, 0), said
         assert row["requests"] > 0
         assert 0 < row["latency_ms_p50"] <= row["latency_ms_p99"]
         assert 0 <= row["slo_attainment"] <= 1

@@ -95,6 +95,9 @@ def test_bench_counts_failures_and_goes_on(server: TritonProcess, tmp_path: Path
     status, result, errors = bench(server, workload, *options)
     assert status == 1, errors
     assert result["models"]["magika"]["failed"] >= 1
+    (error,) = result["models"]["magika"]["errors"]
+    assert f"magika: the load was interrupted: {error}\n" in errors
+    assert result["models"]["ocr_orient"]["errors"] == []
     assert result["models"]["magika"]["slo_attainment"] == 0
     assert result["models"]["ocr_orient"]["slo_attainment"] == 1.0
 

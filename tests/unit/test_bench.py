@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dstack_sched.app.bench import BenchOptions, arrival_times_s, run_bench
+from dstack_sched.app.bench import MAX_STRETCHES, BenchOptions, arrival_times_s, run_bench
 from dstack_sched.domain.load import LoadTrace
 from dstack_sched.domain.workload import ModelDemand, Workload
-from dstack_sched.errors import InputError
+from dstack_sched.errors import InputError, MachineError
 from fakes.serving import FakeClock
 
 FAST_MS, SLOW_MS = 5.0, 80.0
@@ -40,6 +40,7 @@ class Load:
         self.clock = clock
         self.latency = latency
         self.cuts: list[int] = []  # the stretch ends with an error behind that many requests
+        self.by_server = True  # by a request that failed; False: the generator itself did
         self.starts: dict[str, list[np.ndarray]] = {}
 
     def start(self, model: str, intervals_us: np.ndarray) -> Stretch:
@@ -58,20 +59,23 @@ class Stretch:
         if self.load.cuts:
             done = self.load.cuts.pop(0)
             server.answered[self.model] += done
-            server.failed[self.model] += 1
+            server.failed[self.model] += self.load.by_server
             self.load.clock.now = self.sent_s[done] - 1_800_000_000
-            return LoadTrace.failed("boom")
+            return LoadTrace.cut("boom", request_failed=self.load.by_server)
         server.answered[self.model] += self.sent_s.size
         latency = np.array([self.load.latency(i) for i in range(self.sent_s.size)])
         return LoadTrace(self.sent_s, latency)
 
 
 def bench(
-    latency: Callable[[int], float] = lambda i: FAST_MS, cuts: tuple[int, ...] = (), **options: Any
+    latency: Callable[[int], float] = lambda i: FAST_MS,
+    cuts: tuple[int, ...] = (),
+    by_server: bool = True,
+    **options: Any,
 ) -> tuple[Any, Load]:
     server, clock = CountingServer("a", "b"), FakeClock()
     load = Load(server, clock, latency)
-    load.cuts = list(cuts)
+    load.cuts, load.by_server = list(cuts), by_server
     demands = (
         (ModelDemand("a", 50.0, 100.0),)
         if cuts
@@ -125,11 +129,24 @@ def test_load_goes_on_behind_an_error_and_failures_are_counted() -> None:
     result, load = bench(cuts=(200, 300), seconds=10, warmup_s=1)
     a = result.models["a"]
     assert len(load.starts["a"]) == 3
-    assert a.failed == 2 and a.unmeasured == 500
+    assert a.failed == 2 and a.unmeasured == 500 and a.errors == ("boom",)
     known = a.requests - a.unmeasured
     assert a.slo_attainment == pytest.approx((known - 2) / known)
     total = sum(each.sum() for each in load.starts["a"][:1]) / 1e6
     assert load.starts["a"][2].size < load.starts["a"][0].size and total > 10
+
+
+def test_a_generator_that_fails_by_itself_is_no_failed_request() -> None:
+    """Guards against a crash of perf_analyzer in the server's figures: replaced and told, not counted."""
+    result, load = bench(cuts=(0, 200), by_server=False, seconds=10, warmup_s=1)
+    a = result.models["a"]
+    assert len(load.starts["a"]) == 3
+    assert (a.failed, a.unmeasured, a.errors, a.slo_attainment) == (0, 200, ("boom",), 1.0)
+
+
+def test_a_generator_that_never_works_is_an_error_and_no_objective_met() -> None:
+    with pytest.raises(MachineError, match="a: the load could not be driven: boom"):
+        bench(cuts=(0,) * MAX_STRETCHES, by_server=False, seconds=10, warmup_s=1)
 
 
 def test_same_seed_same_load_and_models_differ() -> None:

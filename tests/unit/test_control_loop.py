@@ -245,6 +245,30 @@ def test_latencies_that_drift_are_planned_with_and_survive_a_restart(bench: Loop
     assert before
 
 
+def test_all_that_calls_for_a_plan_at_once_is_named(bench: LoopBench) -> None:
+    """Guards against "hot: runs take longer" as the whole reason of a plan that a new rate changed."""
+    current = bench.watch(bench.loop.once(), 30)
+    bench.sources.seen["a"] = [Seen(50.0, 4, 1000, 32_000.0, 35_000.0)]
+    bench.server.rates["b"] = 150.0
+    told: list[str] = []
+    while not any("runs take" in reason for reason in told):
+        assert bench.clock.now < 600, "no drift was noticed"
+        # The workload file, a GPU and a rate move in whichever look notices the drift.
+        bench.steps.workload = replace(
+            STATED, models=(replace(STATED.models[0], slo_ms=60.0 + bench.clock.now), STATED.models[1])
+        )
+        bench.server.rates["b"] *= 2.0
+        bench.steps.news = ["GPU 1 is out: Xid 79"]
+        current = bench.watch(current, 1)
+        told = bench.reasons()
+    (reason,) = (reason for reason in told if "runs take" in reason)
+    named = [
+        reason.index(each)
+        for each in ("the workload file", "GPU 1 is out", "runs take", "b: ", "/s forecast")
+    ]
+    assert named == sorted(named)
+
+
 def test_a_changed_workload_file_is_followed_and_new_models_are_profiled(bench: LoopBench) -> None:
     first = bench.loop.once()
     bench.watch(first, 10)

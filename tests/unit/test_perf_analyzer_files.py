@@ -50,14 +50,15 @@ def test_the_server_s_own_words_are_the_reason(tmp_path: Path) -> None:
     output.write_text(
         "*** Measurement Settings ***\nWARNING: data type\n Failed\nThread [2] had error: out of memory\n\n"
     )
-    assert why(output, 99) == "out of memory"
+    assert (why(output, 99).error, why(output, 99).request_failed) == ("out of memory", True)
     output.write_text("error: failed to get model metadata: unknown model\n")
+    cut = why(output, 1)
+    assert not cut.request_failed
     assert (
-        why(output, 1)
-        == "perf_analyzer ended with status 1: error: failed to get model metadata: unknown model"
+        cut.error == "perf_analyzer ended with status 1: error: failed to get model metadata: unknown model"
     )
     output.write_text("WARNING: x\n")
-    assert why(output, 134) == "perf_analyzer ended with status 134: no output"
+    assert why(output, 134).error == "perf_analyzer ended with status 134: no output"
 
 
 def config(max_batch_size: int, **inputs: tuple[str, list[int]]) -> dict[str, object]:

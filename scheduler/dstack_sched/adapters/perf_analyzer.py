@@ -158,9 +158,10 @@ class PerfAnalyzerRun:
             status = self._process.wait(timeout_s)
         except subprocess.TimeoutExpired:
             self.kill()
-            return LoadTrace.failed(f"not done within {timeout_s:.0f} s, killed")
+            late = f"{PROGRAM} was not done within {timeout_s:.0f} s, killed"
+            return LoadTrace.cut(late, request_failed=False)
         if status != 0:
-            return LoadTrace.failed(why(self._files / "output", status))
+            return why(self._files / "output", status)
         return parse_export(self._files / "export.json")
 
     def kill(self) -> None:
@@ -187,15 +188,17 @@ def parse_export(path: Path) -> LoadTrace:
     return LoadTrace(sent_s=times[:, 0] / 1e9, latency_ms=(times[:, 1] - times[:, 0]) / 1e6)
 
 
-def why(output: Path, status: int) -> str:
-    """The first error that perf_analyzer printed; it prints one line a type warning, which say nothing."""
+def why(output: Path, status: int) -> LoadTrace:
+    """A stretch that ended early, with the first error that perf_analyzer printed: that of a request, if one
+    failed, else its own. It prints one line a type warning, which say nothing."""
     lines = output.read_text(errors="replace").splitlines()
     for line in lines:
         match = re.match(r"\s*Thread \[\d+\] had error: (?P<message>.+)", line)
         if match:
-            return match.group("message").strip()
+            return LoadTrace.cut(match.group("message").strip(), request_failed=True)
     said = [line.strip() for line in lines if line.strip() and not line.startswith(("WARNING", "***"))]
-    return f"{PROGRAM} ended with status {status}: {said[-1] if said else 'no output'}"
+    error = f"{PROGRAM} ended with status {status}: {said[-1] if said else 'no output'}"
+    return LoadTrace.cut(error, request_failed=False)
 
 
 def example_request(config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:

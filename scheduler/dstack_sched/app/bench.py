@@ -16,7 +16,7 @@ import numpy as np
 
 from dstack_sched.domain.load import BenchResult, LoadTrace, ModelResult
 from dstack_sched.domain.workload import ModelDemand, Workload
-from dstack_sched.errors import InputError
+from dstack_sched.errors import InputError, MachineError
 from dstack_sched.ports import Clock, ModelServer
 
 TAIL_S = 1.0  # load goes on behind the measured window: processes do not start in the same instant
@@ -113,6 +113,7 @@ def run_bench(
     models = {}
     for demand in workload.models:
         parts = traces.get(demand.name, [])
+        check_driven(demand.name, parts)
         failed, unmeasured = 0, 0
         if any(part.error for part in parts):
             failed, unmeasured = losses(before[demand.name], counts(server.statistics(demand.name)), parts)
@@ -130,7 +131,8 @@ def stream(options: BenchOptions, demand: ModelDemand) -> np.random.Generator:
 
 
 class _Stretches:
-    """The load on one model. perf_analyzer ends at the first error, so the rest is sent by the next one."""
+    """The load on one model. perf_analyzer ends at the first error, so the rest is sent by the next one; one
+    that failed by itself is replaced in the same way."""
 
     def __init__(
         self, model: str, schedule_s: np.ndarray, generator: LoadGenerator, clock: Clock, begin_s: float
@@ -160,6 +162,12 @@ class _Stretches:
         return parts
 
 
+def check_driven(model: str, parts: Sequence[LoadTrace]) -> None:
+    """Errors: MachineError where the generator failed by itself each time, so that nothing can be said."""
+    if parts and all(part.error is not None and not part.request_failed for part in parts):
+        raise MachineError(f"{model}: the load could not be driven: {parts[-1].error}")
+
+
 def counts(statistics: Mapping[str, Any]) -> tuple[int, int]:
     """(answered, failed) requests so far, over all versions, from Triton's statistics."""
     entries = [entry["inference_stats"] for entry in statistics["model_stats"]]
@@ -172,9 +180,10 @@ def counts(statistics: Mapping[str, Any]) -> tuple[int, int]:
 def losses(before: tuple[int, int], after: tuple[int, int], parts: Sequence[LoadTrace]) -> tuple[int, int]:
     """(failed, unmeasured) requests of a run in which some stretch was cut short.
 
-    Triton's counters start anew when a model is reloaded, so each cut counts as one failure at least.
+    Triton's counters start anew when a model is reloaded, so each cut by a failed request counts as one
+    failure at least. A generator that failed by itself is none: the server did nothing wrong.
     """
-    cuts = sum(part.error is not None for part in parts)
+    cuts = sum(part.request_failed for part in parts)
     measured = sum(part.sent_s.size for part in parts)
     answered = after[0] - before[0]
     return max(cuts, after[1] - before[1]), max(0, answered - measured)
@@ -223,6 +232,7 @@ def result_of(
         slo_attainment=good / known if known and demand.slo_ms is not None else None,
         goodput_per_s=good / (window[1] - window[0]),
         send_lag_ms_p99=float(np.percentile(lag_s, 99)) * 1e3 if lag_s.size else None,
+        errors=tuple(dict.fromkeys(part.error for part in parts if part.error is not None)),
     )
 
 

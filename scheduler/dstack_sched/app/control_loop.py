@@ -163,23 +163,32 @@ class ControlLoop:
         self._failed = Backoff(AFTER_A_FAILURE)
         return done
 
-    def _reason(self, current: Round, look: Look) -> tuple[str, str | None]:
-        """Why to plan again, and in one word for the metrics. Takes over what has changed."""
-        if reason := self._new_wishes():
-            return "workload", reason
-        if reason := self._steps.urgent():
-            return "fault", reason
-        if look.refits:
-            assert self._measured is not None
-            if not self._dry_run:
-                self._steps.keep_corrections(self._measured, self._watcher.corrections())
-            return "drift", "; ".join(f"{model}: {why}" for model, (_, why) in look.refits.items())
+    def _reason(self, current: Round, look: Look) -> tuple[str, str]:
+        """All that calls for a plan, "" where nothing does, and the first cause in one word for the metrics.
+        Takes over what has changed."""
         planned = {model.name: model.rate_per_s for model in current.workload.models}
-        if reason := moved(planned, look.forecasts(), self._settings):
-            return "rate", reason
+        drifted = self._drifted(look)  # first: what was corrected is kept whatever else fails
+        reasons = {
+            "workload": self._new_wishes(),
+            "fault": self._steps.urgent(),
+            "drift": drifted,
+            "rate": moved(planned, look.forecasts(), self._settings),
+        }
+        found = {cause: reason for cause, reason in reasons.items() if reason}
+        if found:
+            return next(iter(found)), "; ".join(found.values())
         if self._retry_at_us is not None and self._clock.now_us() >= self._retry_at_us:
             return "rate", self._held_back_for
-        return "", None
+        return "", ""
+
+    def _drifted(self, look: Look) -> str:
+        """Whose latencies were corrected in this look, and why. Keeps the corrections for a restart."""
+        if not look.refits:
+            return ""
+        assert self._measured is not None
+        if not self._dry_run:
+            self._steps.keep_corrections(self._measured, self._watcher.corrections())
+        return "; ".join(f"{model}: {why}" for model, (_, why) in look.refits.items())
 
     def _new_wishes(self) -> str | None:
         """Read the workload again; why that calls for a plan."""

@@ -89,7 +89,10 @@ def bench_workload(
     *,
     quiet: bool = False,
 ) -> BenchResult:
-    """Wire perf_analyzer and Triton into the use case. Errors: InputError, MachineError."""
+    """Wire perf_analyzer and Triton into the use case; each distinct error under the load is told once.
+
+    Errors: InputError, MachineError.
+    """
     program = find_perf_analyzer()
     with TritonClient(connection) as server:
         server.require_ready()
@@ -99,7 +102,11 @@ def bench_workload(
             if not quiet:
                 total_s = options.warmup_s + options.seconds
                 say(f"load on {len(configs)} models for {total_s:g} s, seed {options.seed}")
-            return run_bench(workload, generator, server, SystemClock(), options)
+            result = run_bench(workload, generator, server, SystemClock(), options)
+    for model, each in result.models.items():
+        for error in each.errors:
+            say(f"{model}: the load was interrupted: {error}")
+    return result
 
 
 def bench_document(result: BenchResult) -> dict[str, Any]:
