@@ -76,6 +76,39 @@ def test_stop_ends_the_program_and_what_it_started(tmp_path: Path, prefix: str) 
     process.stop()  # again: harmless
 
 
+# It goes on after SIGTERM: its child ends a moment later, it itself not for long.
+LINGERS = """
+import signal, subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+def asked(*_):
+    time.sleep(0.3)
+    if sys.argv[2] == "childless":
+        child.kill()
+signal.signal(signal.SIGTERM, asked)
+open(sys.argv[1], "w").write(f"{child.pid} ready")
+until = time.monotonic() + 60
+while time.monotonic() < until:
+    time.sleep(1)
+"""
+
+
+@pytest.mark.parametrize(("way", "grace_s"), [("childless", 60.0), ("with its child", 1.0)])
+def test_a_program_that_lingers_without_children_is_ended(tmp_path: Path, way: str, grace_s: float) -> None:
+    """Guards Ctrl-C of serve against the ten seconds that Triton waits for models without processes, and
+    those that still answer against an early end."""
+    process = KeptProcess(
+        [sys.executable, "-c", LINGERS, str(tmp_path / "pids"), way],
+        log_path=tmp_path / "log",
+        grace_s=grace_s,
+        childless_s=0.1,
+    )
+    wait_for(lambda: (tmp_path / "pids").exists() and "ready" in (tmp_path / "pids").read_text(), "it is up")
+    began = time.monotonic()
+    assert process.stop() == 128 + signal.SIGKILL
+    if way == "with its child":
+        assert time.monotonic() - began >= grace_s, "it was not given its time"
+
+
 def test_kill_9_of_the_parent_takes_the_program_along(tmp_path: Path, prefix: str) -> None:
     (tmp_path / "private").mkdir()
     script = textwrap.dedent(f"""

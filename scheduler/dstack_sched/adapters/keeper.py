@@ -1,13 +1,17 @@
 """A keeper runs one program and leaves nothing of it behind, however the end comes.
 
-    python keeper.py '{"command": [...], "log": PATH, "grace_s": 15, "shm_prefix": "...", "remove": [PATH]}'
+    python keeper.py '{"command": [...], "log": PATH, "grace_s": 15, "childless_s": null, "shm_prefix": "...",
+                       "remove": [PATH]}'
 
-The parent holds the other end of the keeper's stdin. When it closes (the parent stopped us, or died, even by
-kill -9) the program is asked to end (SIGTERM), then made to. Whatever it started is killed too: the keeper is
-the subreaper of its descendants, so orphaned stub processes become its children. Then the shared memory with
-our prefix and the listed directories are removed; when the program ends by itself the directories are left to
-the parent, which may want to read the log. The keeper's own death by kill -9 sends the program SIGTERM
-(parent-death signal). Standard library only and run by path, so that it starts fast and depends on nothing.
+The parent holds the other end of the keeper's stdin. When it closes (the parent stopped us, or died, even
+by kill -9) the program is asked to end (SIGTERM), then made to: after grace_s, or childless_s after the
+last of the children that it had then ended, where that is sooner. (A Triton whose stubs are gone has no
+work left, yet may wait for models that it has lost count of: decisions/0100.) Whatever it started is killed
+too: the keeper is the subreaper of its descendants, so orphaned stub processes become its children. Then
+the shared memory with our prefix and the listed directories are removed; when the program ends by itself
+the directories are left to the parent, which may want to read the log. The keeper's own death by kill -9
+sends the program SIGTERM (parent-death signal). Standard library only and run by path, so that it starts
+fast and depends on nothing.
 
 stdout: one line, the program's process id. Exit status: the program's, 128 + signal when a signal ended it.
 """
@@ -28,6 +32,7 @@ from pathlib import Path
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 SHM = Path("/dev/shm")  # noqa: S108
+LOOK_S = 0.2  # how often an ending program's children are looked for
 SETTLE_S = 5.0  # how long killed descendants may take to be reaped
 
 
@@ -35,11 +40,18 @@ class Keeper:
     """One program, its descendants, and what they leave on disk."""
 
     def __init__(
-        self, command: list[str], log: str, grace_s: float, shm_prefix: str, remove: list[str]
+        self,
+        command: list[str],
+        log: str,
+        grace_s: float,
+        childless_s: float | None,
+        shm_prefix: str,
+        remove: list[str],
     ) -> None:
         self.command = command
         self.log = log
         self.grace_s = grace_s
+        self.childless_s = childless_s
         self.shm_prefix = shm_prefix
         self.remove = remove
         self.status: int | None = None
@@ -60,8 +72,7 @@ class Keeper:
             self._wait(pid, wake_read, until=None)
             asked = self.status is None
             if asked:
-                os.kill(pid, signal.SIGTERM)
-                self._wait(pid, wake_read, until=time.monotonic() + self.grace_s)
+                self._ask_to_end(pid, wake_read)
         finally:
             self._kill_descendants()
             self._clean(directories=asked)
@@ -79,6 +90,16 @@ class Keeper:
             return subprocess.Popen(
                 self.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, preexec_fn=die_with_keeper
             ).pid
+
+    def _ask_to_end(self, pid: int, wake_read: int) -> None:
+        until = time.monotonic() + self.grace_s
+        watched = self.childless_s is not None and bool(children_of(pid))
+        os.kill(pid, signal.SIGTERM)
+        while self.status is None and time.monotonic() < until:
+            if watched and not children_of(pid):
+                watched = False
+                until = min(until, time.monotonic() + (self.childless_s or 0.0))
+            self._wait(pid, wake_read, until=min(until, time.monotonic() + LOOK_S) if watched else until)
 
     def _wait(self, pid: int, wake_read: int, until: float | None) -> None:
         """Until the program ends, or the time is up; with `until` None also until we are asked to stop."""
@@ -131,7 +152,8 @@ class Keeper:
 
 
 def children_of(parent: int) -> list[int]:
-    """Direct children, from /proc. The name field may hold spaces and brackets: read behind the last one."""
+    """Direct children that live, from /proc. The name field may hold spaces and brackets: read behind the
+    last one."""
     children = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -139,7 +161,7 @@ def children_of(parent: int) -> list[int]:
                 fields = (entry / "stat").read_text().rpartition(")")[2].split()
             except OSError:  # it ended meanwhile
                 continue
-            if int(fields[1]) == parent:
+            if int(fields[1]) == parent and fields[0] != "Z":
                 children.append(int(entry.name))
     return children
 

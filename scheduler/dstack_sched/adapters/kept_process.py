@@ -29,6 +29,7 @@ class KeptProcess:
         log_path: Path,
         env: Mapping[str, str] | None = None,
         grace_s: float = 10.0,
+        childless_s: float | None = None,
         shm_prefix: str = "",
         remove: Sequence[Path] = (),
     ) -> None:
@@ -39,6 +40,7 @@ class KeptProcess:
             "command": list(command),
             "log": str(log_path),
             "grace_s": grace_s,
+            "childless_s": childless_s,
             "shm_prefix": shm_prefix,
             "remove": [str(each) for each in remove],
         }

@@ -27,6 +27,7 @@ __all__ = ["ServerInstall", "TritonProcess", "find_server"]
 
 READY_POLL_S = 0.05
 EXIT_TIMEOUT_S = 10  # Triton's own limit for requests in flight at shutdown
+WITHOUT_STUBS_S = 2.0  # at its end Triton looks once a second whether all is done
 START_ATTEMPTS = 3  # a port that we chose may be taken before Triton binds it
 LOG_LINE = re.compile(r"^[EF]\d{4} [\d:.]+ \d+ \S+\] (?P<message>.*)$")
 OTHER_ERROR = re.compile(r"^error:|tritonserver: |error while loading", re.IGNORECASE)
@@ -130,6 +131,7 @@ class TritonProcess:
             log_path=self.log_path,
             env={**server_environment(self.install), **self._env},
             grace_s=EXIT_TIMEOUT_S + 5.0,
+            childless_s=WITHOUT_STUBS_S,
             shm_prefix=self.shm_prefix,
             remove=[work_dir],
         )
