@@ -131,21 +131,35 @@ class Server:
         link.unlink(missing_ok=True)
         link.symlink_to(path.resolve())
 
-    def add_floor(self, name: str, like: str, *, batch_size: int) -> None:
-        """A model with the inputs and outputs of a loaded one that answers at once, on a CPU instance of
+    def add_floor(self, name: str, like: str, *, batch_size: int, busy_us: int = 0) -> None:
+        """A model with the tensors of a loaded one that answers after busy_us, on a CPU instance of
         Triton's Python backend: all that a request costs without us (floor_model.py)."""
+        text = f'parameters {{ key: "busy_us" value {{ string_value: "{busy_us}" }} }}\n'
+        self._add_python(name, like, f"max_batch_size: {batch_size}\n{text}", "KIND_CPU")
+        shutil.copy(FLOOR_MODEL, self.repository / name / "1" / "model.py")
+
+    def add_backend(self, name: str, like: str, path: Path, backend: Path, *, batch_size: int) -> None:
+        """The model of a loaded one again, served by another backend directory, an older one, say."""
+        more = f'parameters {{ key: "batch_size" value {{ string_value: "{batch_size}" }} }}\n'
+        more += 'parameters { key: "model_file" value { string_value: "model.onnx" } }\n'
+        if self.provider == "cuda":
+            more += 'parameters { key: "FORCE_CPU_ONLY_INPUT_TENSORS" value { string_value: "no" } }\n'
+        kind = "KIND_GPU" if self.provider == "cuda" else "KIND_CPU"
+        self._add_python(name, like, f"max_batch_size: {batch_size}\n{more}", kind)
+        folder = self.repository / name / "1"
+        shutil.copytree(backend, folder, dirs_exist_ok=True)
+        (folder / "model.onnx").symlink_to(path.resolve())
+
+    def _add_python(self, name: str, like: str, more: str, kind: str) -> None:
+        """A config of Triton's own Python backend with the tensors of a loaded model."""
         config = self.client.config(like)
         tensors = "".join(
             f'{kind} [ {{ name: "{each["name"]}" data_type: {each["data_type"]} dims: {each["dims"]} }} ]\n'
             for kind in ("input", "output")
             for each in config[kind]
         )
-        self._place(
-            name,
-            f'backend: "python"\nmax_batch_size: {batch_size}\ndynamic_batching {{ }}\n'
-            f"instance_group [ {{ kind: KIND_CPU }} ]\n{tensors}",
-        )
-        shutil.copy(FLOOR_MODEL, self.repository / name / "1" / "model.py")
+        head = f'backend: "python"\ndynamic_batching {{ }}\ninstance_group [ {{ kind: {kind} count: 1 }} ]\n'
+        self._place(name, head + more + tensors)
 
     def _place(self, name: str, config: str) -> None:
         """Write a config; replaced by a rename, so that nobody reads half of it."""

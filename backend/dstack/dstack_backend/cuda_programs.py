@@ -42,12 +42,12 @@ class Program:
         self.pace = Pace()
         self._cuda = cuda
         self._executable = 0
-        self._inputs: dict[str, Rows] = {}
-        self._outputs: dict[str, Rows] = {}
+        self.inputs: dict[str, Rows] = {}
+        self.outputs: dict[str, Rows] = {}
         self._session = self._binding = None
         try:
-            self._inputs.update((spec.name, Rows(cuda, spec, size)) for spec in form.inputs)
-            self._outputs.update((spec.name, Rows(cuda, spec, size)) for spec in form.outputs)
+            self.inputs.update((spec.name, Rows(cuda, spec, size)) for spec in form.inputs)
+            self.outputs.update((spec.name, Rows(cuda, spec, size)) for spec in form.outputs)
             self._session = sessions.open(stream, graphs=graphs)
             self._binding = self._bind(self._session, sessions.device_name, sessions.device_id, form.whole)
         except BaseException:
@@ -57,7 +57,7 @@ class Program:
 
     def _bind(self, session: Any, device_name: str, device_id: int, whole: bool) -> Any:
         binding = session.io_binding()
-        for bind, tensors in ((binding.bind_input, self._inputs), (binding.bind_output, self._outputs)):
+        for bind, tensors in ((binding.bind_input, self.inputs), (binding.bind_output, self.outputs)):
             for name, rows in tensors.items():
                 shape = rows.row_shape if whole else rows.shape
                 bind(name, device_name, device_id, rows.dtype, shape, rows.device)
@@ -70,11 +70,11 @@ class Program:
     def run(self, slot: Slot, rows: int, names: Iterable[str], stream: int) -> None:
         """Queue it on a stream: the slot's rows in, the model, the rows of these outputs back."""
         copy = self._cuda.copy
-        for name, target in self._inputs.items():
+        for name, target in self.inputs.items():
             copy(target.device, slot.inputs[name].device, rows * target.row_bytes, stream)
         self.start(stream)
         for name in names:
-            source = self._outputs[name]
+            source = self.outputs[name]
             copy(slot.outputs[name].device, source.device, rows * source.row_bytes, stream)
 
     def start(self, stream: int) -> None:
@@ -104,16 +104,16 @@ class Program:
 
     def answer(self, feeds: Mapping[str, Array]) -> list[Array]:
         """Its outputs for a full batch, in graph order, with the rows first, by itself: for trials."""
-        for name, rows in self._inputs.items():
+        for name, rows in self.inputs.items():
             self._cuda.upload(rows.device, feeds[name].ctypes.data, feeds[name].nbytes)
-        for rows in self._outputs.values():  # what was there before must not pass for an answer
+        for rows in self.outputs.values():  # what was there before must not pass for an answer
             rows.host().view("u1").fill(0xFF)
             self._cuda.upload(rows.device, rows.host().ctypes.data, rows.size_bytes)
         self.start(self.stream)
-        for rows in self._outputs.values():
+        for rows in self.outputs.values():
             self._cuda.to_host(rows.host().ctypes.data, rows.device, rows.size_bytes, self.stream)
         self._cuda.wait(self.stream)
-        return [rows.host().copy() for rows in self._outputs.values()]
+        return [rows.host().copy() for rows in self.outputs.values()]
 
     def close(self) -> None:
         """Once nothing of it is under way."""
@@ -122,10 +122,10 @@ class Program:
             self._executable = 0
         self._binding = self._session = None
         gc.collect()  # a session that lingers in a cycle would outlive its stream
-        for rows in (*self._inputs.values(), *self._outputs.values()):
+        for rows in (*self.inputs.values(), *self.outputs.values()):
             rows.close()
-        self._inputs.clear()
-        self._outputs.clear()
+        self.inputs.clear()
+        self.outputs.clear()
 
 
 def run_options() -> ort.RunOptions:

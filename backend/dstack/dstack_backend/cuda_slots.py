@@ -7,6 +7,8 @@ outputs leave from there while the next one computes. Three streams, ordered by 
     compute   slot -> model, model, model -> slot | started, computed      waits for arrived
     copy-out  slot -> host                        | leaving, left          waits for computed
 
+A batch that has the device to itself takes the compute stream for all (run_alone).
+
 entering, started and leaving tell times only: one batch in TIMED_EVERY has them, for every call of the
 driver costs some microseconds between two runs."""
 
@@ -16,7 +18,7 @@ import math
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -32,13 +34,36 @@ TIMED_EVERY = 8
 _EVENTS = ("entering", "arrived", "started", "computed", "leaving", "left")
 
 
+class Copy(NamedTuple):
+    """Some rows of an input on their way: to `offset` bytes from the start of its buffer."""
+
+    name: str
+    offset: int
+    source: int
+    size_bytes: int
+    on_device: bool
+
+
+class Leaving(NamedTuple):
+    """Which outputs of how many rows go to the host (names) and which stay on the device (left)."""
+
+    rows: int
+    names: Sequence[str]
+    left: Sequence[str]
+
+
+def row_bytes(spec: TensorSpec) -> int:
+    """Bytes of one row of a tensor whose other dimensions are fixed."""
+    return math.prod(dim for dim in spec.shape[1:] if dim is not None) * spec.numpy_dtype.itemsize
+
+
 class Rows:
     """One tensor of up to `capacity` rows: device memory, and its page-locked twin once that is asked for."""
 
     def __init__(self, cuda: Any, spec: TensorSpec, capacity: int):
         self.dtype = spec.numpy_dtype
         self.row_shape = tuple(int(dim) for dim in spec.shape[1:] if dim is not None)
-        self.row_bytes = math.prod(self.row_shape) * self.dtype.itemsize
+        self.row_bytes = row_bytes(spec)
         self.shape = (capacity, *self.row_shape)
         self._cuda = cuda
         self.device = cuda.allocate(capacity * self.row_bytes)
@@ -76,52 +101,85 @@ class Slot:
     def size_bytes(self) -> int:
         return sum(rows.size_bytes for rows in (*self.inputs.values(), *self.outputs.values()))
 
-    def enter(self, feeds: Mapping[str, Feed], host: HostMemory, stream: int) -> None:
-        """Queue the copies of the inputs: from device memory, from host memory that the device reads
-        itself, and of the rest from page-locked memory of ours that it is copied to first.
+    def gather(self, feeds: Mapping[str, Feed], host: HostMemory) -> list[Copy]:
+        """What is to be copied to the device: from device memory, from host memory that the device reads
+        itself, and of the rest from page-locked memory of ours, to which it is copied here. Raises RunError.
         """
         self._uses += 1
-        self.mark("entering", stream)
+        copies: list[Copy] = []
         for name, feed in feeds.items():
-            self._enter(name, parts_of(feed), host, stream)
-        self._cuda.record(self.event["arrived"], stream)
+            self._gather(name, parts_of(feed), host, copies)
+        return copies
 
-    def _enter(self, name: str, parts: Sequence[Array | DeviceArray], host: HostMemory, stream: int) -> None:
+    def _gather(
+        self, name: str, parts: Sequence[Array | DeviceArray], host: HostMemory, copies: list[Copy]
+    ) -> None:
         target = self.inputs[name]
-        at = gathered = 0  # rows so far, and rows of those that are on the device or on their way
+        at = sent = 0  # rows so far, and rows of those that a copy takes
         for part in parts:
             check_part(name, part, target)
             end = at + len(part)
-            direct = _direct(part, host, alone=len(parts) == 1)
-            if direct:
-                self._send(target, gathered, at, stream)
-                pointer = target.device + at * target.row_bytes
-                if isinstance(part, DeviceArray):
-                    self._cuda.copy(pointer, direct, part.nbytes, stream)
-                else:
-                    self._cuda.to_device(pointer, direct, part.nbytes, stream)
-                gathered = end
+            if direct := _direct(part, host, alone=len(parts) == 1):
+                self._send(name, sent, at, copies)
+                on_device = isinstance(part, DeviceArray)
+                copies.append(Copy(name, at * target.row_bytes, direct, part.nbytes, on_device))
+                sent = end
             elif isinstance(part, np.ndarray):
                 np.copyto(target.host()[at:end], part, casting="no")
             at = end
-        self._send(target, gathered, at, stream)
+        self._send(name, sent, at, copies)
 
-    def _send(self, target: Rows, start: int, stop: int, stream: int) -> None:
-        """Queue the copy of rows that were gathered."""
+    def _send(self, name: str, start: int, stop: int, copies: list[Copy]) -> None:
+        """Rows that were gathered."""
         if stop > start:
+            target = self.inputs[name]
             rows = target.host()[start:stop]
-            self._cuda.to_device(
-                target.device + start * target.row_bytes, rows.ctypes.data, rows.nbytes, stream
-            )
+            copies.append(Copy(name, start * target.row_bytes, rows.ctypes.data, rows.nbytes, False))
+
+    def enter(self, copies: Sequence[Copy], stream: int) -> None:
+        """Queue the copies of the inputs to this slot."""
+        self.mark("entering", stream)
+        self.copy_in(copies, self.inputs, stream)
+        self._cuda.record(self.event["arrived"], stream)
+
+    def copy_in(self, copies: Sequence[Copy], targets: Mapping[str, Rows], stream: int) -> None:
+        for name, offset, source, size_bytes, on_device in copies:
+            pointer = targets[name].device + offset
+            if on_device:
+                self._cuda.copy(pointer, source, size_bytes, stream)
+            else:
+                self._cuda.to_device(pointer, source, size_bytes, stream)
 
     def leave(self, names: Sequence[str], rows: int, stream: int) -> None:
         """Queue the copies of these outputs to the host, behind the computation."""
         self._cuda.hold(stream, self.event["computed"])
         self.mark("leaving", stream)
         for name in names:
-            source = self.outputs[name]
-            self._cuda.to_host(source.host().ctypes.data, source.device, rows * source.row_bytes, stream)
+            self._to_host(name, rows, self.outputs[name], stream)
         self._cuda.record(self.event["left"], stream)
+
+    def run_alone(self, program: Any, copies: Sequence[Copy], batch: Leaving, stream: int) -> None:
+        """Everything on one stream, straight into the program's buffers and out of them: half the calls of
+        the driver, where no other batch could overlap with this one.
+        """
+        self.mark("entering", stream)
+        self.copy_in(copies, program.inputs, stream)
+        self.mark("arrived", stream)
+        self.mark("started", stream)
+        program.start(stream)
+        self.mark("computed", stream)
+        for name in batch.left:
+            source = program.outputs[name]
+            self._cuda.copy(self.outputs[name].device, source.device, batch.rows * source.row_bytes, stream)
+        self.mark("leaving", stream)
+        for name in batch.names:
+            self._to_host(name, batch.rows, program.outputs[name], stream)
+        self._cuda.record(self.event["left"], stream)
+
+    def _to_host(self, name: str, rows: int, source: Rows, stream: int) -> None:
+        self._cuda.to_host(
+            self.outputs[name].host().ctypes.data, source.device, rows * source.row_bytes, stream
+        )
 
     @property
     def timed(self) -> bool:
@@ -188,6 +246,11 @@ class Slots:
                 self._returned.notify()
             raise
         return slot
+
+    @property
+    def in_use(self) -> int:
+        with self._returned:
+            return self._made - len(self._free)
 
     def _limit(self) -> int:
         return MAX_SLOTS if self.size_bytes < MANY_BYTES else LEAST_SLOTS

@@ -171,9 +171,12 @@ class Executor(Workshop):
                 item.taken_rows = 0
             self._gate.done(permit, 0, 0, 0)
             return False
-        self._wait(job)
+        run_us = self._pipeline.wait(job)
         self._pipeline.collect(job)
         self._answer(job, job.batch.parts)
+        # After the answer is made, which is kept until this returns: what the arbiter says to it would take
+        # the interpreter from this thread.
+        self._ended(job, run_us)
         self._answers.answered(job)
         self._kept = job
         self.stats.returned += len(items)

@@ -13,11 +13,7 @@ A standing grant is kept here until there is work for it, or until it is revoked
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
-import select
-import socket
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -25,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from dstack_backend import wire
+from dstack_backend.arbiter_line import Line, Timing, Wake
 from dstack_backend.executor import monotonic_us
 from dstack_backend.interfaces import Listener, Permit
 from dstack_backend.stats import Stats
@@ -37,23 +34,6 @@ SHORT_RUN_US = 500  # a run under a standing grant that ends this soon is told b
 NEVER = 1 << 62
 # Equals no queue: the next report is sent, lest rows starve that the arbiter does not know of.
 UNTOLD = (-1, 0)
-
-
-@dataclass(frozen=True, slots=True)
-class Timing:
-    """Bounds, microseconds. A hung arbiter costs a waiting batch at most ping_after + pong_within, once."""
-
-    tick_us: int = 25_000
-    ping_after_us: int = (
-        50_000  # silence, while work waits, after which the arbiter is asked for a sign of life
-    )
-    idle_ping_after_us: int = 1_000_000  # the same while idle, so that a hang is known before work comes
-    pong_within_us: int = 150_000
-    welcome_us: int = 150_000
-    starved_after_us: int = 10_000_000  # work waits, no grant comes, though the arbiter answers
-    first_pause_us: int = 50_000
-    longest_pause_us: int = 1_000_000
-    telemetry_us: int = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +73,7 @@ class ArbiterGate:
         self._lock = threading.RLock()
         self._listener: Listener | None = None
         self._state = OPEN
-        self._socket: socket.socket | None = None
+        self._line: Line | None = None
         self._epoch = 0  # of the connection in force; grows with each
         self._outstanding = 0  # permits given to the executor and not yet done
         self._standing: Permit | None = None  # a grant ahead of the work, not yet used
@@ -102,9 +82,8 @@ class ArbiterGate:
         self._reported: tuple[int, int] = (0, 0)
         self._batch_size = join.batch_size  # a live plan may grant more
         self._heard_us = self._asked_us = self._wanting_since_us = 0
-        self._closing = False
         self._told_absent = False
-        self._wake_read, self._wake_write = os.pipe()
+        self._wake = Wake()  # called: closing
         self._thread = threading.Thread(target=self._loop, name="dstack-gate", daemon=True)
 
     # The executor's side
@@ -124,7 +103,7 @@ class ArbiterGate:
     def take(self) -> Permit | None:
         """See Gate.take: the standing grant, or leave to run where nobody is asked and nothing runs."""
         with self._lock:
-            if self._state == OPEN and not self._outstanding and not self._closing:
+            if self._state == OPEN and not self._outstanding and not self._wake.called:
                 self._outstanding = 1
                 return self._open_permit()
             permit, self._standing = self._standing, None
@@ -166,23 +145,20 @@ class ArbiterGate:
 
     def close(self) -> None:
         with self._lock:
-            if self._closing:
+            if self._wake.called:
                 return
-            self._closing = True
-            if self._socket and self._state == GATED:
+            self._wake.call()
+            if self._line and self._state == GATED:
                 self._send(wire.Leave())
             self._drop(None)
-        with contextlib.suppress(OSError):
-            os.write(self._wake_write, b"x")
         if self._thread.is_alive():
             self._thread.join(2.0)
-        os.close(self._wake_write)
-        os.close(self._wake_read)
+        self._wake.close()
 
     # Without the arbiter
 
     def _open_grants(self) -> None:
-        if self._closing or self._listener is None:
+        if self._wake.called or self._listener is None:
             return
         waiting, _ = self._listener.state()
         if waiting and self._outstanding < MAX_OUTSTANDING:
@@ -235,10 +211,10 @@ class ArbiterGate:
         self._reported = (waiting, deadline_us)
 
     def _send(self, message: wire.Message) -> None:
-        if self._socket is None:
+        if self._line is None:
             return
         try:
-            self._socket.send(wire.encode(message))
+            self._line.send(message)
         except OSError as error:  # gone, or so far behind that its buffer is full
             self._drop(f"sending failed: {error}")
 
@@ -246,30 +222,26 @@ class ArbiterGate:
 
     def _loop(self) -> None:
         pause_us = self._timing.first_pause_us
-        while not self._closing:
+        while not self._wake.called:
             if self._connect():
                 pause_us = self._timing.first_pause_us
                 self._listen()
-            if not self._closing:
-                self._sleep(pause_us)
+            if not self._wake.called:
+                self._wake.pause(pause_us)
                 pause_us = min(2 * pause_us, self._timing.longest_pause_us)
-
-    def _sleep(self, pause_us: int) -> None:
-        _readable([self._wake_read], pause_us)
 
     def _connect(self) -> bool:
         """Connect, see that somebody is awake there, join. True once Welcome has come."""
-        connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        line = Line(self._wake, self._now_us)
         try:
-            connection.setblocking(False)
-            connection.connect(str(self._path))
-            connection.send(wire.encode(wire.Ping(self._epoch)))
-            self._await(connection, wire.Pong, self._timing.pong_within_us)
-            self._send_join(connection)
-            self._await(connection, wire.Welcome, self._timing.welcome_us)
+            line.connect(self._path)
+            line.send(wire.Ping(self._epoch))
+            line.receive_until(wire.Pong, self._timing.pong_within_us)
+            self._send_join(line)
+            line.receive_until(wire.Welcome, self._timing.welcome_us)
         except (OSError, ValueError) as error:  # ValueError: a WireError, or dropped meanwhile
             with self._lock:
-                self._fall_open(connection, f"no arbiter at {self._path} ({error})")
+                self._fall_open(line, f"no arbiter at {self._path} ({error})")
             return False
         with self._lock:
             if self._state != JOINING:  # dropped while Welcome was on its way
@@ -277,30 +249,7 @@ class ArbiterGate:
             self._become_gated()
         return True
 
-    def _await(self, connection: socket.socket, wanted: type, within_us: int) -> None:
-        """Receive until a message of the wanted type has come. Raises OSError, WireError."""
-        until_us = self._now_us() + within_us
-        while True:
-            left_us = until_us - self._now_us()
-            ready = _readable([connection.fileno(), self._wake_read], max(left_us, 0))
-            if self._closing:
-                raise OSError("closing")
-            if connection.fileno() not in ready:
-                raise TimeoutError(f"no {wanted.__name__} within {within_us / 1000:g} ms")
-            message = self._receive(connection)
-            if isinstance(message, wanted):
-                return
-
-    def _receive(self, connection: socket.socket) -> wire.Message:
-        packet = connection.recv(wire.MAX_MESSAGE_BYTES)
-        if not packet:
-            raise ConnectionResetError("the arbiter closed the connection")
-        message = wire.decode(packet)
-        if isinstance(message, wire.Refuse):
-            raise ConnectionRefusedError(f"refused: {message.reason}")
-        return message
-
-    def _send_join(self, connection: socket.socket) -> None:
+    def _send_join(self, line: Line) -> None:
         """From here on nothing new starts ungated, so what Join says of the running batch stays true."""
         with self._lock:
             self._state = JOINING
@@ -309,8 +258,8 @@ class ArbiterGate:
                 permit, until_us = self._running
                 join = replace(join, running_percent=permit.gpu_percent, running_until_us=until_us)
                 self._joined_running = permit
-            self._socket = connection
-            connection.send(wire.encode(join))
+            self._line = line
+            line.send(join)
 
     def _become_gated(self) -> None:
         self._state = GATED
@@ -327,20 +276,19 @@ class ArbiterGate:
 
     def _listen(self) -> None:
         """Handle messages until the connection ends."""
-        timing = self._timing
-        connection = self._socket
-        while connection is not None and connection is self._socket and not self._closing:
+        line = self._line
+        while line is not None and line is self._line and not self._wake.called:
             try:
                 self._tell()
-                if connection.fileno() in _readable([connection.fileno(), self._wake_read], timing.tick_us):
-                    self._handle(self._receive(connection))
+                if line.is_readable(self._timing.tick_us):
+                    self._handle(line.receive())
                 else:
                     self._check_alive()
             except BlockingIOError:
                 continue
             except (OSError, ValueError) as error:
                 with self._lock:
-                    if connection is self._socket:
+                    if line is self._line:
                         self._drop(str(error))
 
     def _handle(self, message: wire.Message) -> None:
@@ -419,10 +367,9 @@ class ArbiterGate:
 
     def _drop(self, why: str | None) -> None:
         """End the connection and open the gate."""
-        connection, self._socket = self._socket, None
-        if connection is not None:
-            with contextlib.suppress(OSError):
-                connection.close()
+        line, self._line = self._line, None
+        if line is not None:
+            line.close()
         was_gated, self._state = self._state == GATED, OPEN
         self._joined_running = self._standing = None
         self.stats.gated = 0
@@ -433,21 +380,12 @@ class ArbiterGate:
                 why,
                 self._join.gpu_percent,
             )
-        if not self._closing:
+        if not self._wake.called:
             self._open_grants()
 
-    def _fall_open(self, connection: socket.socket, why: str) -> None:
-        with contextlib.suppress(OSError):
-            connection.close()
-        if not self._told_absent and not self._closing:
+    def _fall_open(self, line: Line, why: str) -> None:
+        line.close()
+        if not self._told_absent and not self._wake.called:
             self._told_absent = True
             log.warning("%s: batches run ungated at %g%%", why, self._join.gpu_percent)
         self._drop(None)
-
-
-def _readable(descriptors: list[int], within_us: int) -> list[int]:
-    """Those that can be read, waiting at most within_us. (poll: descriptors may be beyond select's 1024.)"""
-    poller = select.poll()
-    for descriptor in descriptors:
-        poller.register(descriptor, select.POLLIN)
-    return [descriptor for descriptor, _ in poller.poll(within_us / 1000)]

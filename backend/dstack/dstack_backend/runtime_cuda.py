@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from dstack_backend.cuda_batch import CudaBatch, as_run_errors
 from dstack_backend.cuda_devices import ordinal_of
 from dstack_backend.cuda_driver import driver
 from dstack_backend.cuda_groups import SmGroups, sm_groups
@@ -31,14 +32,17 @@ from dstack_backend.cuda_plain import PlainBatch, PlainPath
 from dstack_backend.cuda_programs import Program
 from dstack_backend.cuda_sessions import TRIAL_ROWS, CudaOptions, Form, Sessions, form_of, samples, shape_of
 from dstack_backend.cuda_shelf import Shelf
-from dstack_backend.cuda_slots import Slot, Slots, lifted, rows_of
-from dstack_backend.errors import BackendError, DeviceError, DeviceLostError, ModelError, RunError, one_line
+from dstack_backend.cuda_slots import Leaving, Slots, lifted, row_bytes, rows_of
+from dstack_backend.errors import DeviceError, DeviceLostError, ModelError, RunError
 from dstack_backend.optimized import Cache
 from dstack_backend.runtime import specs_of
 from dstack_backend.session import Running, Staged, TwoPhases
 from dstack_backend.staging import aligned
-from dstack_backend.tensors import Array, DeviceArray, Feed
+from dstack_backend.tensors import Array, Feed
 
+# Copies of a batch this small may take the compute stream while nothing else is under way: a batch that is
+# launched behind it waits for no more than some microseconds.
+ALONE_BYTES = 2 << 20
 GROWTH = 8  # times the largest batch prepared: up to there a program is made on demand
 MPS_PERCENT = "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"
 
@@ -107,6 +111,7 @@ class CudaSession(TwoPhases):
         form = form_of(self.inputs, self.outputs)
         self._form = form or Form((), ())
         self._slots = Slots(cuda, self._form.inputs, self._form.outputs)
+        self._row_bytes = sum(map(row_bytes, (*self._form.inputs, *self._form.outputs)))
         self._turn = cuda.event()  # the last launch is done
         self._shelf = Shelf(
             cuda,
@@ -203,13 +208,16 @@ class CudaSession(TwoPhases):
             if whole:
                 feeds = {name: lifted(feed) for name, feed in feeds.items()}
             slot = self._slots.lease(rows)
+            batch = CudaBatch(self._slots, self._cuda, self._sessions.device_id, slot, rows, whole=whole)
             try:
-                slot.enter(feeds, self._host, self._copy_in)
+                batch.copies = slot.gather(feeds, self._host)
+                if self._slots.in_use > 1 or rows * self._row_bytes > ALONE_BYTES:
+                    batch.enter(self._copy_in)
             except BaseException:
                 self._cuda.wait(self._copy_in)
                 self._slots.give_back(slot)
                 raise
-            return CudaBatch(self._slots, self._cuda, self._sessions.device_id, slot, rows, whole=whole)
+            return batch
 
     def _takes(self, feeds: Mapping[str, Feed], rows: int) -> bool:
         """Whether there is a program for it. One that is somewhat larger than all is wished for: the plan has
@@ -248,23 +256,40 @@ class CudaSession(TwoPhases):
         if found is None:
             raise RunError("the programs for this batch were dropped between stage() and launch()")
         mask, program = found
-        cuda, slot = self._cuda, batch.slot
         stream = self._compute if program.captured else program.stream
-        cuda.hold(stream, slot.event["arrived"])
         last_stream, ahead = self._last or (stream, None)
         if stream != last_stream:
-            cuda.hold(stream, self._turn)
-        slot.mark("started", stream)
-        program.run(slot, batch.rows, dict.fromkeys((*names, *left)), stream)
-        cuda.record(slot.event["computed"], stream)
-        if not program.captured:
-            cuda.record(self._turn, stream)
-        slot.leave(names, batch.rows, self._copy_out)
+            self._cuda.hold(stream, self._turn)
+        if batch.copies is not None and program.captured:
+            self._queue_alone(batch, program, Leaving(batch.rows, names, left))
+        else:
+            self._queue_overlapped(batch, program, Leaving(batch.rows, names, left), stream)
         finish = program.pace.behind(ahead)
         batch.launched(names, left, finish)
         batch.gpu_percent = self._levels.percent(mask) if mask else self._gpu_percent
         batch.sm_groups = mask
         self._last = stream, finish
+
+    def _queue_alone(self, batch: CudaBatch, program: Program, leaving: Leaving) -> None:
+        assert batch.copies is not None
+        copies, batch.copies, batch.alone = batch.copies, None, True
+        try:
+            batch.slot.run_alone(program, copies, leaving, self._compute)
+        except BaseException:  # what was queued has no event to be waited for by
+            self._cuda.wait(self._compute)
+            raise
+
+    def _queue_overlapped(self, batch: CudaBatch, program: Program, leaving: Leaving, stream: int) -> None:
+        cuda, slot = self._cuda, batch.slot
+        if batch.copies is not None:
+            batch.enter(self._copy_in)
+        cuda.hold(stream, slot.event["arrived"])
+        slot.mark("started", stream)
+        program.run(slot, batch.rows, dict.fromkeys((*leaving.names, *leaving.left)), stream)
+        cuda.record(slot.event["computed"], stream)
+        if not program.captured:
+            cuda.record(self._turn, stream)
+        slot.leave(leaving.names, batch.rows, self._copy_out)
 
     def _run_plain(self, batch: PlainBatch, names: Sequence[str], left: Sequence[str]) -> PlainBatch:
         with as_run_errors(self._cuda):
@@ -300,91 +325,6 @@ class CudaSession(TwoPhases):
             for stream in (*self._streams, self._plain_stream):
                 self._cuda.destroy_stream(stream)
         self._streams = []
-
-
-class CudaBatch:
-    """Staged and Running of a CudaSession: a slot on its way."""
-
-    def __init__(self, slots: Slots, cuda: Any, device_id: int, slot: Slot, rows: int, *, whole: bool):
-        self.slot, self.rows, self._whole = slot, rows, whole
-        self.gpu_percent, self.sm_groups = 0.0, 0
-        self._slots, self._cuda, self._device_id = slots, cuda, device_id
-        self._names: tuple[str, ...] = ()
-        self._left: tuple[str, ...] = ()
-        self._times_us: dict[str, int] = {}
-        self.finish: Finish | None = None
-        self._closing = threading.Lock()
-        self._closed = False
-
-    def launched(self, names: tuple[str, ...], left: tuple[str, ...], finish: Finish) -> None:
-        self._names, self._left, self.finish = names, left, finish
-
-    @property
-    def times_us(self) -> Mapping[str, int]:
-        return self._times_us
-
-    def wait(self) -> None:
-        with as_run_errors(self._cuda):
-            self._cuda.use()
-            if self.finish is not None:
-                self.finish.doze()
-            self._cuda.wait_event(self.slot.event["computed"])
-            if self.finish is not None:
-                self.finish.reached()
-
-    def outputs(self) -> list[Array]:
-        with as_run_errors(self._cuda):
-            self._cuda.use()
-            self._cuda.wait_event(self.slot.event["left"])
-            self._times_us = self.slot.times_us()
-            if self.finish is not None:
-                self.finish.reached()
-                if self.slot.timed:
-                    self.finish.pace.learn(self._times_us["run"])
-        hosts = [self.slot.outputs[name].host() for name in self._names]
-        return [host[0] if self._whole else host[: self.rows] for host in hosts]
-
-    def device_outputs(self) -> list[DeviceArray]:
-        found = [self.slot.outputs[name] for name in self._left]
-        rows = () if self._whole else (self.rows,)
-        return [
-            DeviceArray(each.device, (*rows, *each.row_shape), each.dtype, self._device_id, self)
-            for each in found
-        ]
-
-    def close(self) -> None:
-        """Also by an error in the middle: what was queued is waited for before the slot serves another
-        batch.
-        """
-        with self._closing:
-            closed, self._closed = self._closed, True
-        if closed:
-            return
-        if self.finish is not None:
-            self.finish.reached()
-        with contextlib.suppress(BackendError):
-            self._cuda.use()
-            for event in ("arrived", "computed", "left"):
-                self._cuda.wait_event(self.slot.event[event])
-        self._slots.give_back(self.slot)
-
-
-class as_run_errors:  # noqa: N801  a context manager by use; a class, for it is entered four times a batch
-    """Any failure as RunError; as DeviceLostError where the device is lost, whoever noticed."""
-
-    __slots__ = ("_cuda",)
-
-    def __init__(self, cuda: Any):
-        self._cuda = cuda
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if not isinstance(error, Exception) or isinstance(error, DeviceLostError):
-            return
-        self._cuda.check()
-        if not isinstance(error, RunError):
-            raise RunError(one_line(error)) from error
 
 
 def bucket_of(rows: int) -> int:

@@ -134,7 +134,7 @@ class Workshop:
         """Wait for a batch; the device is free: tell the gate before any client is answered."""
         with self._pipeline.turn:
             pass  # whoever launches it has done so
-        self._wait(job)
+        self._ended(job, self._pipeline.wait(job))
         batch = job.batch
         assert batch is not None
         with self._lock:
@@ -256,11 +256,10 @@ class Workshop:
             self._pipeline.launch(job)
         return True
 
-    def _wait(self, job: Job) -> None:
-        """Wait for the batch on the device and tell the gate that it is free."""
+    def _ended(self, job: Job, run_us: int) -> None:
+        """Tell the gate that the device is free of a batch."""
         batch = job.batch
         assert batch is not None
-        run_us = self._pipeline.wait(job)
         now_us = self._now_us()
         late = sum(part.stop - part.start for part in batch.parts if part.item.deadline_us < now_us)
         self._gate.done(job.permit, batch.rows, late, run_us)
