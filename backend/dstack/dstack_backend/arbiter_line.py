@@ -35,6 +35,9 @@ class Timing:
     telemetry_us: int = 1_000_000
 
 
+USUAL = Timing()
+
+
 class Wake:
     """Ends pauses and waits, for good, from another thread."""
 

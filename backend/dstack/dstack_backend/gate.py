@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from dstack_backend import wire
-from dstack_backend.arbiter_line import Line, Timing, Wake
+from dstack_backend.arbiter_line import USUAL, Line, Timing, Wake
 from dstack_backend.executor import monotonic_us
 from dstack_backend.interfaces import Listener, Permit
 from dstack_backend.stats import Stats
@@ -60,7 +60,7 @@ class ArbiterGate:
         *,
         stats: Stats | None = None,
         telemetry: Callable[[], Mapping[str, Any]] | None = None,
-        timing: Timing = Timing(),
+        timing: Timing = USUAL,
         clock_us: Callable[[], int] = monotonic_us,
     ):
         self._path = path
