@@ -6,30 +6,41 @@ All use the same backend with CUDA graphs and the pipeline, so that only the way
     (b) temporal       one model at a time, by the arbiter
     (c) mps-default    MPS, no limits, every backend runs when it likes
     (d) mps-static     MPS, fixed knee shares of the plan (GSLICE-like), every backend runs when it likes
-    (e) best-static    as (d), with the best shares and batch sizes that a search by trial finds
+    (e) best-static    as (d), with the best shares, batch sizes and instances that a search by trial finds
     (f) rate-limiter   as (d), Triton's own rate limiter with the shares as resources
     (g) one-process    all models in one stub process, a thread and a stream each
-    (h) dstack         D-STACK with the settings that users get
+    (h) dstack         D-STACK
+
+A variant of one of them is spelled NAME+KEY=VALUE+..., e.g. dstack+levels=off+capacity=250, and is measured
+as an alternative of its own. Keys: `shares` (whole, planned), `policy` (the arbiter's), `mps` (on, off),
+`capacity` (percent promised at once, in place of the plan's), `load_factor` (part of the capacity that is
+planned with), and every parameter of the backend's config.pbtxt.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from compare.cells import file_of
+from compare.cells import file_of, served_name
+from dstack_backend.settings import PARAMETERS
+from dstack_sched.engine.registry import POLICIES
+from dstack_sched.errors import InputError
 
 MAX_BATCH_SIZE = 32
-ONE_PROCESS = "one_process"
 RESOURCE = "GPU_PCT"
+LEVELS = "auto"
+TOLD = ("capacity", "load_factor")
 
 
 @dataclass(frozen=True, slots=True)
 class Alternative:
-    """letter: as in the issue and the tables. mps: with the MPS daemon. shares: each process gets the plan's
-    GPU% or the whole GPU. policy: the arbiter's; None: no arbiter, backends run when they like."""
+    """letter: as in the issue and the tables; that of a variant is its origin's with a star. mps: with the
+    MPS daemon. shares: each process gets the plan's GPU% or the whole GPU. policy: the arbiter's; None: no
+    arbiter, backends run when they like. parameters: of every model's config. told: what the arbiter's plan
+    differs in (TOLD). variant_of: name of the alternative that it is a variant of."""
 
     letter: str
     name: str
@@ -37,39 +48,94 @@ class Alternative:
     mps: bool = True
     shares: Literal["whole", "planned", "searched"] = "whole"
     policy: str | None = None
-    levels: bool = False
     rate_limiter: bool = False
     one_process: bool = False
+    parameters: tuple[tuple[str, str], ...] = ()
+    told: tuple[tuple[str, float], ...] = ()
+    variant_of: str | None = None
+
+    @property
+    def config(self) -> dict[str, str]:
+        """Parameters of every model's config. Levels are a choice that D-STACK alone makes: whoever else runs
+        on its server has the whole GPU, as without."""
+        shared = self.mps and self.shares == "whole" and not self.parameters
+        return {"levels": LEVELS if shared else "off", **dict(self.parameters)}
 
     @property
     def server(self) -> tuple[object, ...]:
         """Alternatives with equal values can take turns on one running server."""
-        return (self.mps, self.shares, self.rate_limiter, self.one_process)
+        config = tuple(sorted(self.config.items()))
+        return (self.mps, self.shares, self.rate_limiter, self.one_process, config)
+
+    @property
+    def told_by_name(self) -> dict[str, float]:
+        return dict(self.told)
+
+    @classmethod
+    def parse(cls, text: str) -> Alternative:
+        """From NAME or NAME+KEY=VALUE+... Errors: InputError that names the part."""
+        name, *parts = text.split("+")
+        if name not in ALTERNATIVES:
+            raise InputError(f"alternative {text!r}: no {name!r}; there are {', '.join(ALTERNATIVES)}")
+        made = ALTERNATIVES[name]
+        if not parts:
+            return made
+        for part in parts:
+            key, separator, value = part.partition("=")
+            if not separator or not value:
+                raise InputError(f"alternative {text!r}: {part!r}: KEY=VALUE is wanted")
+            made = _changed(made, text, key, value)
+        return replace(made, name=text, letter=f"{made.letter}*", summary=", ".join(parts), variant_of=name)
 
 
+def _changed(made: Alternative, text: str, key: str, value: str) -> Alternative:
+    if key in TOLD:
+        try:
+            number = float(value)
+        except ValueError:
+            number = 0.0
+        if not 0 < number < 1e4:
+            raise InputError(f"alternative {text!r}: {key} is {value!r}; a number above 0 is wanted")
+        return replace(made, told=(*made.told, (key, number)))
+    if key == "shares" and value in ("whole", "planned"):
+        return replace(made, shares="whole" if value == "whole" else "planned")
+    if key == "mps" and value in ("on", "off"):
+        return replace(made, mps=value == "on")
+    if key == "policy" and value in POLICIES:
+        return replace(made, policy=value)
+    if key in PARAMETERS:
+        others = tuple(each for each in made.parameters if each[0] != key)
+        return replace(made, parameters=(*others, (key, value)))
+    raise InputError(
+        f"alternative {text!r}: {key}={value} is no change that is known; shares=whole|planned, mps=on|off, "
+        f"policy=NAME, {', '.join(TOLD)}, or a parameter of the backend"
+    )
+
+
+# In the order in which they are measured: when time runs out, the most telling ones are there.
 ALTERNATIVES = {
     each.name: each
     for each in (
-        Alternative("h", "dstack", "D-STACK", policy="dstack", levels=True),
-        Alternative("b", "temporal", "one model at a time", policy="temporal"),
         Alternative("c", "mps-default", "MPS, no limits"),
-        Alternative("d", "mps-static", "MPS, fixed knee shares", shares="planned"),
-        Alternative("f", "rate-limiter", "Triton's rate limiter", shares="planned", rate_limiter=True),
-        Alternative("e", "best-static", "best fixed shares by search", shares="searched"),
-        Alternative("g", "one-process", "one process, many streams", mps=False, one_process=True),
+        Alternative("h", "dstack", "D-STACK", policy="dstack", parameters=(("levels", LEVELS),)),
         Alternative("a", "time-sliced", "no MPS, time slices", mps=False),
+        Alternative("d", "mps-static", "MPS, fixed knee shares", shares="planned"),
+        Alternative("b", "temporal", "one model at a time", policy="temporal"),
+        Alternative("f", "rate-limiter", "Triton's rate limiter", shares="planned", rate_limiter=True),
+        Alternative("g", "one-process", "one process, many streams", mps=False, one_process=True),
+        Alternative("e", "best-static", "best fixed shares by search", shares="searched"),
     )
 }
+LETTERS = {each.letter: each.name for each in ALTERNATIVES.values()}
 
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """How one model is deployed. gpu_percent and batch_size as in config.pbtxt."""
+    """How one model is deployed. gpu_percent and batch_size as in config.pbtxt; instances of it."""
 
     gpu_percent: float = 100.0
     batch_size: int = MAX_BATCH_SIZE
-    slo_ms: float = 0.0
-    on_late: str = "serve"
+    instances: int = 1
     extra: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -83,11 +149,19 @@ def write_repository(
         return write_one_process(root, models_dir, served, kind)
     names = {}
     for model, how in served.items():
-        name = model.replace("#", "_")
+        name = served_name(model)
         link(models_dir / f"{file_of(model)}.onnx", root / name / "1" / "model.onnx")
-        (root / name / "config.pbtxt").write_text(config_text(how, alternative, kind))
+        write_config(root, model, how, alternative, kind)
         names[model] = name
     return names
+
+
+def write_config(root: Path, model: str, how: Served, alternative: Alternative, kind: str) -> None:
+    """(Re)write config.pbtxt of one model, by a rename: nobody reads half of it."""
+    folder = root / served_name(model)
+    fresh = root.parent / f"{served_name(model)}.pbtxt"
+    fresh.write_text(config_text(how, alternative, kind))
+    fresh.replace(folder / "config.pbtxt")
 
 
 def config_text(how: Served, alternative: Alternative, kind: str) -> str:
@@ -95,8 +169,6 @@ def config_text(how: Served, alternative: Alternative, kind: str) -> str:
     parameters = {
         "gpu_percent": f"{how.gpu_percent:g}", "batch_size": str(how.batch_size), **how.extra,
     }  # fmt: skip
-    if how.slo_ms:
-        parameters |= {"slo_ms": f"{how.slo_ms:g}", "on_late": how.on_late}
     limiter = ""
     if alternative.rate_limiter:
         resource = f'{{ name: "{RESOURCE}" global: true count: {max(1, round(how.gpu_percent))} }}'
@@ -105,7 +177,7 @@ def config_text(how: Served, alternative: Alternative, kind: str) -> str:
     lines = [
         'backend: "dstack"',
         f"max_batch_size: {MAX_BATCH_SIZE}",
-        f"instance_group [ {{ kind: {kind} count: 1{limiter} }} ]",
+        f"instance_group [ {{ kind: {kind} count: {how.instances}{limiter} }} ]",
         "dynamic_batching { }",
         *(
             f'parameters {{ key: "{key}" value {{ string_value: "{value}" }} }}'
@@ -113,6 +185,13 @@ def config_text(how: Served, alternative: Alternative, kind: str) -> str:
         ),
     ]
     return "\n".join(lines) + "\n"
+
+
+def server_arguments(alternative: Alternative) -> tuple[str, ...]:
+    """Of tritonserver, beyond the usual."""
+    if not alternative.rate_limiter:
+        return ()
+    return ("--rate-limit=execution_count", f"--rate-limit-resource={RESOURCE}:100")
 
 
 def link(source: Path, target: Path) -> None:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
+
+from dstack_sched.app.bench import Arrivals, poisson
 from dstack_sched.domain.workload import ModelDemand, OnLate, Workload
 from dstack_sched.errors import InputError
+from dstack_sched.sim.arrivals import Arrivals as Trace
+from dstack_sched.sim.arrivals import parse_trace
 
 # The paper's kind of mixes, light and heavy models together. A name with "#2" is a second copy of a model.
 MIXES: dict[str, tuple[str, ...]] = {
@@ -21,6 +28,9 @@ MIXES: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 SKEW = 3.0  # skewed rates: the first model gets this many times the rate of the last, geometric between
 RATES = ("equal", "skewed")
+# Azure's LLM inference trace of 2023, its timing alone. A GPU host gets no ../shared: $DSTACK_TRACE names it.
+TRACE_VARIABLE = "DSTACK_TRACE"
+TRACE = Path(__file__).resolve().parents[3] / "shared" / "traces" / "azure_llm_2023_conv.csv"
 ARRIVALS = ("poisson", "trace")
 
 
@@ -84,9 +94,42 @@ class Cell:
         )
 
 
+def trace() -> Trace:
+    """The recorded arrivals. Errors: InputError where the file is not there."""
+    path = Path(os.environ.get(TRACE_VARIABLE, TRACE))
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise InputError(
+            f"{path}: {error.strerror}; name the trace's file in ${TRACE_VARIABLE}, or leave trace cells out"
+        ) from None
+    return Trace("trace", trace_us=parse_trace(text, str(path)))
+
+
+def arrivals_of(cell: Cell, repeat: int) -> Arrivals:
+    """How the requests of a cell come in its repeat 0, 1, ... The trace is striped over the models, each
+    starts elsewhere in it, and in each repeat all start elsewhere again."""
+    if cell.arrivals == "poisson":
+        return poisson
+    recorded, models = trace(), cell.models
+
+    def replay(
+        demand: ModelDemand, rate_per_s: float, duration_s: float, rng: np.random.Generator
+    ) -> np.ndarray:
+        stripe = models.index(demand.name) + repeat * len(models)
+        return recorded.times(rate_per_s, round(duration_s * 1e6), rng, stripe) / 1e6
+
+    return replay
+
+
 def network_of(model: str) -> str:
     """The network behind a name: that of a copy ("resnet50#2") is its model's."""
     return model.split("#")[0]
+
+
+def served_name(model: str) -> str:
+    """The name that a model has at Triton."""
+    return model.replace("#", "_")
 
 
 def file_of(model: str) -> str:

@@ -4,26 +4,32 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from compare.alternatives import Alternative, Served, write_repository
-from compare.gpu_watch import GpuWatch
+from compare.alternatives import Alternative, Served, server_arguments, write_config, write_repository
+from compare.cells import Cell, arrivals_of, served_name
+from compare.gpu_watch import GpuWatch, Nvml
 from compare.one_process.repository import SEPARATOR
 from compare.peak import Trial
+from compare.traces import Recorder, spans, trial_of
 from dstack_sched.adapters.arbiter_client import SocketArbiterClient
 from dstack_sched.adapters.clock import SystemClock
 from dstack_sched.adapters.perf_analyzer import LoadOptions, PerfAnalyzerLoad, find_perf_analyzer
 from dstack_sched.adapters.triton_client import TritonClient
-from dstack_sched.app.bench import BenchOptions, run_bench
+from dstack_sched.app.bench import BenchOptions, poisson, run_bench
+from dstack_sched.app.timeline import read_timeline
 from dstack_sched.cli.host import Host, HostOptions
 from dstack_sched.domain.load import BenchResult
 from dstack_sched.domain.workload import ModelDemand, OnLate, Workload
-from dstack_sched.errors import ServerError
+from dstack_sched.errors import DstackError, ServerError
 
 READY_S = 0.5  # a backend notices within a fifth of a second that the arbiter is gone
+JOINED_LIMIT_S = 10.0
+SLICE_S = 0.15  # of a trial that the timelines show
 
 
 class RenamedServer:
@@ -42,47 +48,58 @@ class RenamedServer:
         return self._server.statistics(self._names[model])
 
 
-class Deployment:
-    """A running server with its load generator. Close it."""
+@dataclass(frozen=True, slots=True)
+class Site:
+    """Where and how alternatives are deployed. directory: of a server's files. kind: KIND_GPU or KIND_CPU."""
 
-    def __init__(
-        self,
-        directory: Path,
-        models_dir: Path,
-        served: Mapping[str, Served],
-        alternative: Alternative,
-        *,
-        kind: str,
-        shared_memory: str,
-    ) -> None:
+    directory: Path
+    models_dir: Path
+    kind: str
+    shared_memory: str
+    nvml: Nvml
+
+
+class Deployment:
+    """A running server with its load generator. Close it. Errors: MachineError, ServerError, InputError."""
+
+    def __init__(self, site: Site, alternative: Alternative, served: Mapping[str, Served]) -> None:
+        directory = site.directory
         shutil.rmtree(directory, ignore_errors=True)
-        self.alternative = alternative
+        self.site, self.alternative = site, alternative
+        self.served = dict(served)
         started = time.monotonic()
-        names = write_repository(directory / "models", models_dir, served, alternative, kind)
+        self.repository = directory / "models"
+        self._names = write_repository(self.repository, site.models_dir, served, alternative, site.kind)
         self.host = Host(
             HostOptions(
-                repository=directory / "models", log_dir=directory / "logs", http_port=0, grpc_port=0,
+                repository=self.repository, log_dir=directory / "logs", http_port=0, grpc_port=0,
                 metrics_port=0, socket=directory / "arbiter.sock", mps=alternative.mps,
+                triton_arguments=server_arguments(alternative),
             )
         )  # fmt: skip
+        self._load: PerfAnalyzerLoad | None = None
+        self.server: TritonClient | None = None
         try:
             self.host.start()
-            self._load_all(sorted(set(names.values())))
-            url = self.host.triton.grpc_url
-            self.server = TritonClient(url)
-            configs = {
-                model: inputs_of(self.server.config(name), model, alternative)
-                for model, name in names.items()
-            }
-            self._load = PerfAnalyzerLoad(
-                find_perf_analyzer(), LoadOptions(url, shared_memory=shared_memory, names=names), configs
-            )
-            self._renamed = RenamedServer(self.server, names)
+            self._load_all(sorted(set(self._names.values())))
+            self.server = TritonClient(self.host.triton.grpc_url)
+            self._load = self._load_generator(self.server)
         except BaseException:
-            self.host.stop()
+            self.close()
             raise
         self.start_s = time.monotonic() - started
         self.arbiter_runs = True
+
+    def _load_generator(self, server: TritonClient) -> PerfAnalyzerLoad:
+        configs = {
+            model: inputs_of(server.config(name), model, self.alternative)
+            for model, name in self._names.items()
+        }
+        self._renamed = RenamedServer(server, self._names)
+        options = LoadOptions(
+            self.host.triton.grpc_url, shared_memory=self.site.shared_memory, names=self._names
+        )
+        return PerfAnalyzerLoad(find_perf_analyzer(), options, configs)
 
     def _load_all(self, models: list[str]) -> None:
         """Load all at once. Errors: ServerError that names the first that does not load."""
@@ -98,6 +115,15 @@ class Deployment:
                 except ServerError as error:
                     raise ServerError(f"{self.alternative.name}: {model}: {error}") from error
 
+    def change(self, served: Mapping[str, Served]) -> None:
+        """Deploy the models anew as told, on the same server; those that stay as they are do not load."""
+        changed = [model for model, how in served.items() if self.served.get(model) != how]
+        for model in changed:
+            write_config(self.repository, model, served[model], self.alternative, self.site.kind)
+        if changed:
+            self._load_all([served_name(model) for model in changed])
+        self.served = dict(served)
+
     def use(self, alternative: Alternative) -> None:
         """Let another alternative have this server; it must suit (Alternative.server)."""
         self.alternative = alternative
@@ -110,10 +136,20 @@ class Deployment:
         if not self.arbiter_runs:
             self.host.arbiter.start()
             self.arbiter_runs = True
-            time.sleep(READY_S * 4)  # backends come back one by one
+            self._wait_joined()
         self.control("policy", name=alternative.policy)
 
-    def control(self, verb: str, **fields: object) -> dict[str, object]:
+    def _wait_joined(self) -> None:
+        """Backends come back one by one. Errors: ServerError when some do not."""
+        until = time.monotonic() + JOINED_LIMIT_S
+        missing = set(self._names.values())
+        while missing:
+            missing -= {each["model"] for each in self.control("status")["backends"]}
+            if time.monotonic() > until:
+                raise ServerError(f"{', '.join(sorted(missing))}: did not join the arbiter again")
+            time.sleep(0.1)
+
+    def control(self, verb: str, **fields: object) -> dict[str, Any]:
         """One request to the arbiter."""
         client = SocketArbiterClient(self.host.socket)
         try:
@@ -121,29 +157,92 @@ class Deployment:
         finally:
             client.close()
 
-    def trial(self, workload: Workload, seconds: float, warmup_s: float, seed: int) -> Trial:
-        """Load at the workload's rates for `seconds` behind a warm-up, and what came of it."""
-        with GpuWatch() as gpu:
-            result = self._bench(workload, BenchOptions(seconds, warmup_s, seed))
-        return trial_of(result, gpu.figures)
+    def _granted(self) -> float:
+        """GPU%-ms granted so far, on all devices."""
+        try:
+            gpus = self.control("status")["gpus"]
+        except DstackError:
+            return 0.0
+        return float(sum(gpu["gpu_percent_ms"] for gpu in gpus.values()))
 
-    def solo_ms(self, model: str, seconds: float = 1.5) -> float:
+    def trial(self, cell: Cell, workload: Workload, options: BenchOptions, repeat: int) -> Trial:
+        """Load at the workload's rates for a while behind a warm-up, and what came of it."""
+        assert self._load is not None
+        recorder = Recorder(self._load)
+        batches: list[list[Any]] = []
+        slice_end_s: list[float] = []
+
+        def read_batches() -> None:
+            slice_end_s.append(time.time())
+            if self.arbiter_runs:
+                batches.extend(self._batches())
+
+        watch = GpuWatch(
+            self.site.nvml, options.warmup_s, options.seconds,
+            granted=self._granted if self.arbiter_runs else None, at_end=read_batches,
+        )  # fmt: skip
+        result = run_bench(
+            workload, recorder, self._renamed, SystemClock(), options, watch.start, arrivals_of(cell, repeat)
+        )
+        watch.join()
+        trial = trial_of(result, recorder.traces, watch.figures)
+        end_s = slice_end_s[0]
+        trial.figures["timeline"] = {
+            "seconds": SLICE_S,
+            "requests": spans(recorder.traces, end_s - SLICE_S, end_s),
+            "batches": batches,
+        }
+        return trial
+
+    def _batches(self) -> list[list[Any]]:
+        """[model, start ms, end ms, GPU%, rows] of what was granted in the last moments."""
+        client = SocketArbiterClient(self.host.socket)
+        try:
+            lines = read_timeline(client, SLICE_S)
+        except DstackError:
+            return []
+        finally:
+            client.close()
+        return [
+            [each.model, *(round((us - line.since_us) / 1e3, 2) for us in (each.start_us, each.end_us)),
+             each.gpu_percent, each.rows]
+            for line in lines.values() for each in line.batches
+        ]  # fmt: skip
+
+    def solo_ms(self, model: str, seconds: float) -> float:
         """Median latency at the client of lone batch-1 requests, 40 a second."""
+        assert self._load is not None
         demand = ModelDemand(model, 1000.0, 40.0, 1.0, OnLate.SERVE)
-        result = self._bench(Workload((demand,)), BenchOptions(seconds, 0.5, 1))
+        result: BenchResult = run_bench(
+            Workload((demand,)), self._load, self._renamed, SystemClock(), BenchOptions(seconds, 0.3, 1),
+            arrivals=poisson,
+        )  # fmt: skip
         latency = result.models[model].latency_ms_p50
         if latency is None:
             raise ServerError(f"{model}: no answer to lone requests")
         return latency
 
-    def _bench(self, workload: Workload, options: BenchOptions) -> BenchResult:
-        return run_bench(workload, self._load, self._renamed, SystemClock(), options)
+    def stop_load(self) -> None:
+        """Kill what still sends."""
+        if self._load is not None:
+            self._load.__exit__()
 
     def close(self) -> None:
         """Stop load and server."""
-        self._load.__exit__()
-        self.server.close()
-        self.host.stop()
+        for stop in (self.stop_load, self._close_client, self.host.stop):
+            stop_quietly(stop)
+
+    def _close_client(self) -> None:
+        if self.server is not None:
+            self.server.close()
+
+
+def stop_quietly(stop: Callable[[], None]) -> None:
+    """What cannot be stopped must not keep the rest from it."""
+    try:
+        stop()
+    except (DstackError, OSError) as error:
+        print(f"while stopping: {error}", flush=True)
 
 
 def inputs_of(config: Mapping[str, Any], model: str, alternative: Alternative) -> Mapping[str, Any]:
@@ -153,39 +252,6 @@ def inputs_of(config: Mapping[str, Any], model: str, alternative: Alternative) -
     own = [
         {**each, "optional": False}
         for each in config["input"]
-        if each["name"].startswith(f"{model}{SEPARATOR}")
+        if each["name"].startswith(f"{served_name(model)}{SEPARATOR}")
     ]
     return {**config, "input": own}
-
-
-def trial_of(result: BenchResult, gpu: Mapping[str, float]) -> Trial:
-    """The figures of a stretch: by model, and of the worst of them."""
-    models = {
-        name: {
-            "rate_per_s": round(each.rate_per_s, 2), "requests": each.requests, "failed": each.failed,
-            "p50_ms": each.latency_ms_p50, "p99_ms": each.latency_ms_p99,
-            "attainment": each.slo_attainment, "goodput_per_s": round(each.goodput_per_s, 2),
-        }
-        for name, each in result.models.items()
-    }  # fmt: skip
-    for name, each in result.models.items():
-        if each.slo_attainment is None:
-            raise ServerError(f"{name}: the load could not be measured ({each.requests} requests)")
-    attainments = [each.slo_attainment or 0.0 for each in result.models.values()]
-    goodputs = [each.goodput_per_s for each in result.models.values()]
-    served = [each.goodput_per_s / each.rate_per_s for each in result.models.values()]
-    energy = gpu.get("energy_j")
-    answered = sum(each.requests - each.failed for each in result.models.values())
-    return Trial(
-        rate_per_s=sum(each.rate_per_s for each in result.models.values()),
-        attainment=min(attainments),
-        goodput_per_s=sum(goodputs),
-        figures={
-            "models": models,
-            "gpu": {key: round(value, 4) for key, value in gpu.items()},
-            "jain_fairness": round(sum(served) ** 2 / (len(served) * sum(x * x for x in served)), 4)
-            if any(served)
-            else 0.0,
-            "energy_mj_per_inference": round(1e3 * energy / answered, 2) if energy and answered else None,
-        },
-    )

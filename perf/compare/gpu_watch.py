@@ -1,88 +1,143 @@
-"""What the GPU did while a stretch of load ran: SM activity, occupancy, memory bandwidth, energy.
+"""What the GPU did during a stretch of load: SM activity, occupancy, memory bandwidth, energy, GPU% granted.
 
 SM activity is NVML's GPM counter on Hopper (share of cycles with a warp on an SM, over all SMs): the coarse
-"utilization.gpu" is 100% as soon as any kernel runs.
+"utilization.gpu" is 100% as soon as any kernel runs. It stands in, as `coarse_utilization`, where there is no
+GPM. Energy is NVML's counter for the whole board.
 """
 
 from __future__ import annotations
 
+import statistics
+import threading
 import time
-from types import TracebackType
+from collections.abc import Callable
 from typing import Any
 
+COARSE_PERIOD_S = 0.2
+GPM = {
+    "sm_activity": "NVML_GPM_METRIC_SM_UTIL",
+    "sm_occupancy": "NVML_GPM_METRIC_SM_OCCUPANCY",
+    "dram_bandwidth": "NVML_GPM_METRIC_DRAM_BW_UTIL",
+}
 
-class GpuWatch:
-    """A context manager around a stretch; afterwards `figures` holds means over it. {}: no GPU."""
+
+class Nvml:
+    """One GPU's counters. Every reading may be None: then this driver or GPU has it not."""
 
     def __init__(self, index: int = 0) -> None:
-        self.figures: dict[str, float] = {}
-        self._index = index
         self._nvml: Any = None
-
-    def __enter__(self) -> GpuWatch:
         try:
             import pynvml
 
             pynvml.nvmlInit()
+            self._device = pynvml.nvmlDeviceGetHandleByIndex(index)
             self._nvml = pynvml
-            self._device = pynvml.nvmlDeviceGetHandleByIndex(self._index)
         except Exception:  # no NVML, no driver, no GPU: nothing to watch
-            self._nvml = None
-            return self
-        self._before = self._sample()
-        self._energy_mj = self._energy()
-        self._start_s = time.monotonic()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._nvml is None:
             return
-        seconds = time.monotonic() - self._start_s
-        energy_mj = self._energy()
-        if energy_mj is not None and self._energy_mj is not None:
-            self.figures["energy_j"] = (energy_mj - self._energy_mj) / 1e3
-            self.figures["power_w"] = self.figures["energy_j"] / seconds
-        self.figures["seconds"] = seconds
-        after = self._sample()
-        if self._before is not None and after is not None:
-            self.figures |= self._metrics(self._before, after)
-        self._nvml.nvmlShutdown()
 
-    def _energy(self) -> int | None:
-        try:
-            return int(self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._device))
-        except self._nvml.NVMLError:
-            return None
+    def name(self) -> str | None:
+        return self._read(lambda nvml: str(nvml.nvmlDeviceGetName(self._device)))
 
-    def _sample(self) -> Any:
-        try:
-            sample = self._nvml.nvmlGpmSampleAlloc()
-            self._nvml.nvmlGpmSampleGet(self._device, sample)
-        except (self._nvml.NVMLError, AttributeError):
-            return None
-        return sample
+    def driver(self) -> str | None:
+        return self._read(lambda nvml: str(nvml.nvmlSystemGetDriverVersion()))
 
-    def _metrics(self, before: Any, after: Any) -> dict[str, float]:
-        nvml = self._nvml
-        wanted = {
-            "sm_activity": nvml.NVML_GPM_METRIC_SM_UTIL,
-            "sm_occupancy": nvml.NVML_GPM_METRIC_SM_OCCUPANCY,
-            "dram_bandwidth": nvml.NVML_GPM_METRIC_DRAM_BW_UTIL,
-        }
-        query = nvml.c_nvmlGpmMetricsGet_t()
-        query.version = nvml.NVML_GPM_METRICS_GET_VERSION
-        query.sample1, query.sample2 = before, after
-        query.numMetrics = len(wanted)
-        for place, metric in enumerate(wanted.values()):
-            query.metrics[place].metricId = metric
-        try:
-            nvml.nvmlGpmMetricsGet(query)
-        except nvml.NVMLError:
+    def energy_mj(self) -> int | None:
+        return self._read(lambda nvml: int(nvml.nvmlDeviceGetTotalEnergyConsumption(self._device)))
+
+    def free_bytes(self) -> int | None:
+        return self._read(lambda nvml: int(nvml.nvmlDeviceGetMemoryInfo(self._device).free))
+
+    def coarse(self) -> float | None:
+        """Share of the last moments in which any kernel ran."""
+        return self._read(lambda nvml: nvml.nvmlDeviceGetUtilizationRates(self._device).gpu / 100.0)
+
+    def sm_clock_mhz(self) -> int | None:
+        return self._read(lambda nvml: int(nvml.nvmlDeviceGetClockInfo(self._device, nvml.NVML_CLOCK_SM)))
+
+    def sample(self) -> Any:
+        """A GPM sample, for `gpm`."""
+
+        def take(nvml: Any) -> Any:
+            sample = nvml.nvmlGpmSampleAlloc()
+            nvml.nvmlGpmSampleGet(self._device, sample)
+            return sample
+
+        return self._read(take)
+
+    def gpm(self, before: Any, after: Any) -> dict[str, float]:
+        """Means between two samples; {} where there are none."""
+        if before is None or after is None:
             return {}
-        return {
-            name: query.metrics[place].value / 100.0
-            for place, name in enumerate(wanted)
-            if query.metrics[place].nvmlReturn == nvml.NVML_SUCCESS
-        }
+
+        def compare(nvml: Any) -> dict[str, float]:
+            query = nvml.c_nvmlGpmMetricsGet_t()
+            query.version = nvml.NVML_GPM_METRICS_GET_VERSION
+            query.sample1, query.sample2 = before, after
+            query.numMetrics = len(GPM)
+            for place, metric in enumerate(GPM.values()):
+                query.metrics[place].metricId = getattr(nvml, metric)
+            nvml.nvmlGpmMetricsGet(query)
+            return {
+                name: query.metrics[place].value / 100.0
+                for place, name in enumerate(GPM)
+                if query.metrics[place].nvmlReturn == nvml.NVML_SUCCESS
+            }
+
+        return self._read(compare) or {}
+
+    def _read(self, read: Callable[[Any], Any]) -> Any:
+        if self._nvml is None:
+            return None
+        try:
+            return read(self._nvml)
+        except Exception:  # not supported here: pynvml has several errors for it, ctypes some more
+            return None
+
+
+class GpuWatch(threading.Thread):
+    """Watches a stretch that begins `delay_s` after `start`; `figures` holds what was seen, after `join`.
+
+    granted: total GPU%-ms that the arbiter has granted so far; None: nobody grants. at_end: called when the
+    stretch ends (in this thread), for whatever else is to be read then.
+    """
+
+    def __init__(
+        self,
+        nvml: Nvml,
+        delay_s: float,
+        seconds: float,
+        *,
+        granted: Callable[[], float] | None = None,
+        at_end: Callable[[], None] = lambda: None,
+    ) -> None:
+        super().__init__(name="gpu-watch", daemon=True)
+        self.figures: dict[str, float] = {}
+        self._nvml, self._delay_s, self._seconds = nvml, delay_s, seconds
+        self._granted, self._at_end = granted, at_end
+
+    def run(self) -> None:
+        nvml = self._nvml
+        time.sleep(self._delay_s)
+        started_s, energy_mj, sample = time.monotonic(), nvml.energy_mj(), nvml.sample()
+        granted = self._granted() if self._granted else None
+        coarse: list[float] = []
+        clocks: list[float] = []
+        while (left_s := started_s + self._seconds - time.monotonic()) > 0:
+            time.sleep(min(left_s, COARSE_PERIOD_S))
+            coarse += [value for value in [nvml.coarse()] if value is not None]
+            clocks += [float(value) for value in [nvml.sm_clock_mhz()] if value is not None]
+        seconds = time.monotonic() - started_s
+        found = self.figures
+        found["seconds"] = seconds
+        found |= nvml.gpm(sample, nvml.sample())
+        after_mj = nvml.energy_mj()
+        if energy_mj is not None and after_mj is not None:
+            found["energy_j"] = (after_mj - energy_mj) / 1e3
+            found["power_w"] = found["energy_j"] / seconds
+        if coarse:
+            found["coarse_utilization"] = statistics.fmean(coarse)
+        if clocks:
+            found["sm_clock_mhz"] = statistics.fmean(clocks)
+        if granted is not None and self._granted is not None:
+            found["granted_percent"] = (self._granted() - granted) / (10.0 * seconds)
+        self._at_end()

@@ -1,133 +1,251 @@
-"""Plans, bounds and predictions of the cells, from the profiles that were measured on this kind of GPU."""
+"""Plans, bounds and predictions of the cells, from the profiles that were measured on this kind of GPU.
+
+All of it is arithmetic, some of it of many seconds: it is done by processes of low priority beside the start
+of the servers (`Planner.prepare`), or after the lease (`exact`, by --predict).
+"""
 
 from __future__ import annotations
 
 import functools
+import math
+import multiprocessing
+import os
+import time
 from collections.abc import Mapping
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 from compare.alternatives import Alternative, Served
-from compare.cells import Cell, network_of
-from dstack_sched.adapters.arbiter_client import SocketArbiterClient
-from dstack_sched.app.arbiter_plans import send_plans
+from compare.cells import Cell, network_of, trace
+from dstack_sched.adapters.profile_files import read_profiles
 from dstack_sched.app.planning import PlanOptions, make_plan
+from dstack_sched.app.replan import ReplanSettings, with_reserve
+from dstack_sched.domain.plan import Plan
 from dstack_sched.domain.profile import CorunPoint, ProfileSet
 from dstack_sched.domain.workload import OnLate, Workload
+from dstack_sched.engine.registry import POLICIES
 from dstack_sched.errors import DstackError
 from dstack_sched.policy.latency import LatencySurface
 from dstack_sched.sim.study import Case, bounds_of, find_peak, make_case
 
-if TYPE_CHECKING:
-    from compare.deployment import Deployment
-
 SIM_SECONDS = 4.0
 SIM_SEEDS = (1, 2)
-GUESS = 0.5  # of the ideal, where the simulator has no prediction
+GUESS_SECONDS = 1.5
+SERVING_MS = 1.3  # what Triton and client add to a lone run (perf/reports/h100/dataplane.md): until measured
+PLAN_STEP = 1.25  # plans are made for rates this far apart; a trial gets that of the rate next above its own
+PLAN_RANGE = (0.6, 1.9)  # of the guess
+LEVELS_PERCENT = {"off": (), "auto": (25.0, 50.0, 100.0)}
 SIMULATED = {
     "dstack": "dstack", "temporal": "temporal", "mps-default": "mps-default", "mps-static": "mps-static",
-    "rate-limiter": "triton-rate-limiter",
+    "best-static": "mps-static", "rate-limiter": "triton-rate-limiter", "one-process": "mps-default",
+    "time-sliced": "time-sliced",
 }  # fmt: skip
+NOT_EXACT = ("best-static", "one-process")  # the simulator has the likes of them, not them
+
+Solo = tuple[tuple[str, float], ...]  # (network, ms of a lone request at the client), by name
+
+
+@dataclass(frozen=True, slots=True)
+class Sum:
+    """What is to be worked out, as it travels to a worker. rate_per_s: of a plan."""
+
+    what: str
+    profiles: Path
+    cell: Cell
+    solo: Solo
+    alternative: Alternative | None = None
+    rate_per_s: float = 0.0
+    seconds: float = GUESS_SECONDS
 
 
 class Planner:
-    """Plans by the profiles; the SLO that is planned for is what serving leaves of the client's."""
+    """Sums in worker processes, each done once. Close it."""
 
-    def __init__(self, profiles: ProfileSet) -> None:
-        self._profiles = profiles
+    def __init__(self, profiles: Path, workers: int) -> None:
+        self._path = profiles
+        self._profiles = read_profiles(profiles)
+        context = multiprocessing.get_context("spawn")  # threads and sockets of ours stay here
+        self._pool = ProcessPoolExecutor(max(1, workers), context, initializer=_be_nice)
+        self._asked: dict[Sum, Future[Any]] = {}
+        self.plan_s: dict[str, float] = {}  # by cell: the longest that a plan took to make
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def expected_solo(self, cell: Cell, known: Mapping[str, float]) -> Solo:
+        """Latency of a lone request by network: as measured, else as the profile and serving let expect."""
+        found = {}
+        for network in sorted({network_of(model) for model in cell.models}):
+            if network in known:
+                found[network] = known[network]
+            else:
+                surface = LatencySurface.from_profile(self._profiles.models[network])
+                found[network] = round(float(surface.latency_ms(100.0, 1)) + SERVING_MS, 3)
+        return tuple(sorted(found.items()))
+
+    def ask(
+        self, what: str, cell: Cell, solo: Solo, alternative: Alternative | None = None, **more: float
+    ) -> Future[Any]:
+        """The future of a sum; asked again, the same."""
+        wanted = Sum(what, self._path, cell, solo, alternative, **more)
+        if wanted not in self._asked:
+            self._asked[wanted] = self._pool.submit(work_out, wanted)
+        return self._asked[wanted]
+
+    def static(self, cell: Cell, solo: Solo) -> dict[str, Served]:
+        """Fixed shares and batch sizes that suit all models side by side (GSLICE-like)."""
+        shares: dict[str, Served] = self.ask("static", cell, solo).result()
+        return shares
+
+    def plan(self, cell: Cell, solo: Solo, alternative: Alternative, rate_per_s: float) -> Plan:
+        """The plan that a controller would have in force at about this rate."""
+        plan: Plan
+        plan, took_s = self._plan_of(cell, solo, alternative, rung(rate_per_s)).result()
+        self.plan_s[cell.key] = max(took_s, self.plan_s.get(cell.key, 0.0))
+        return plan
+
+    def prepare_plans(self, cell: Cell, solo: Solo, alternative: Alternative, guess_per_s: float) -> None:
+        """Ask for the plans of the rates that trials will probably have."""
+        first, last = (rung(guess_per_s * factor) for factor in PLAN_RANGE)
+        for step in range(first, last + 1):
+            self._plan_of(cell, solo, alternative, step)
+
+    def _plan_of(self, cell: Cell, solo: Solo, alternative: Alternative, step: int) -> Future[Any]:
+        told = Alternative("", "", "", told=alternative.told)
+        return self.ask("plan", cell, solo, told, rate_per_s=PLAN_STEP**step)
+
+    def inside(self, cell: Cell, solo: Solo, workload: Workload) -> Workload:
+        return inside(self._profiles, solo, workload)
 
     def profiles(self, cell: Cell) -> ProfileSet:
-        """The profiles of a cell's models; copies have that of their model."""
-        models = {
-            model: replace(self._profiles.models[network_of(model)], name=model) for model in cell.models
+        return profiles_of(self._profiles, cell)
+
+
+def rung(rate_per_s: float) -> int:
+    """The step of the ladder of rates that is next above a rate."""
+    return math.ceil(math.log(max(rate_per_s, 1.0)) / math.log(PLAN_STEP) - 1e-9)
+
+
+def _be_nice() -> None:
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    os.nice(15)
+
+
+# In the workers
+
+
+def work_out(wanted: Sum) -> Any:
+    """The result of a sum; None where a peak or a bound cannot be had."""
+    profiles = _read(wanted.profiles)
+    case = functools.partial(_case, profiles, wanted.cell, wanted.solo)
+    if wanted.what == "static":
+        shares = case().shares
+        return {
+            model: Served(shares.gpu_percent[model], max(1, shares.batch_size[model]))
+            for model in wanted.cell.models
         }
-        copies = {model: network_of(model) for model in cell.models if model != network_of(model)}
-        corun = list(self._profiles.corun)
-        for copy, model in copies.items():
+    alternative = wanted.alternative
+    if wanted.what == "plan":
+        assert alternative is not None
+        began = time.monotonic()
+        return _plan(profiles, wanted, alternative.told_by_name), time.monotonic() - began
+    try:
+        if wanted.what == "bounds":
+            found, total = bounds_of(case()), case().total_rate_per_s
+            return found.corun.peak_scale * total, found.isolated.peak_scale * total
+        assert alternative is not None
+        return _peak(profiles, wanted, alternative)
+    except DstackError:
+        return None
+
+
+@functools.lru_cache(maxsize=4)
+def _read(path: Path) -> ProfileSet:
+    return read_profiles(path)
+
+
+def profiles_of(all_profiles: ProfileSet, cell: Cell) -> ProfileSet:
+    """The profiles of a cell's models; copies have that of their model."""
+    models = {model: replace(all_profiles.models[network_of(model)], name=model) for model in cell.models}
+    corun = list(all_profiles.corun)
+    for copy in cell.models:
+        if copy != network_of(copy):
             corun += [
                 CorunPoint(
-                    tuple(replace(m, model=copy if m.model == model else m.model) for m in each.members)
+                    tuple(
+                        replace(m, model=copy if m.model == network_of(copy) else m.model)
+                        for m in each.members
+                    )
                 )
-                for each in self._profiles.corun
+                for each in all_profiles.corun
             ]
-        return replace(self._profiles, models=models, corun=tuple(corun))
-
-    def inside(self, cell: Cell, solo_ms: Mapping[str, float], workload: Workload) -> Workload:
-        """The workload with the SLO that is left for waiting and running: what serving adds is taken off."""
-        models = []
-        for demand in workload.models:
-            surface = LatencySurface.from_profile(self._profiles.models[network_of(demand.name)])
-            outside_ms = max(0.0, solo_ms[demand.name] - float(surface.latency_ms(100.0, 1)))
-            assert demand.slo_ms is not None
-            models.append(replace(demand, slo_ms=round(demand.slo_ms - outside_ms, 3)))
-        return replace(workload, models=tuple(models))
-
-    def static(
-        self, cell: Cell, solo_ms: Mapping[str, float], served: Mapping[str, Served]
-    ) -> dict[str, Served]:
-        """Fixed shares and batch sizes that suit all models side by side (GSLICE-like)."""
-        shares = self.case(cell, solo_ms).shares
-        return {
-            model: replace(
-                how, gpu_percent=shares.gpu_percent[model], batch_size=max(1, shares.batch_size[model])
-            )
-            for model, how in served.items()
-        }
-
-    def case(self, cell: Cell, solo_ms: Mapping[str, float], levels: tuple[float, ...] = ()) -> Case:
-        """The simulator's case at a total rate of 1000/s."""
-        solo = {network_of(model): solo_ms[network_of(model)] for model in cell.models}
-        by_model = {model: solo[network_of(model)] for model in cell.models}
-        workload = self.inside(cell, by_model, cell.workload(by_model, 1000.0, OnLate.REJECT))
-        return make_case(self.profiles(cell), workload, levels=levels)
-
-    def tell(self, deployment: Deployment, cell: Cell, workload: Workload) -> None:
-        """Send the arbiter the plan that a controller would make for this workload."""
-        client = SocketArbiterClient(deployment.host.socket)
-        try:
-            profiles = self.profiles(cell)
-            plan = make_plan(profiles, workload, PlanOptions())
-            send_plans(client, plan, profiles, workload)
-        finally:
-            client.close()
-
-    def bounds(self, cell: Cell, solo_ms: Mapping[str, float]) -> dict[str, float]:
-        """The ideal peaks of the cell."""
-        found = _bounds(self, cell, tuple(sorted(solo_ms.items())))
-        return {"ideal_corun_per_s": round(found[0], 1), "ideal_isolated_per_s": round(found[1], 1)}
-
-    def predicted_peak_per_s(
-        self, cell: Cell, solo_ms: Mapping[str, float], alternative: Alternative
-    ) -> float | None:
-        """The simulator's peak; None where it has no such alternative."""
-        name = SIMULATED.get(alternative.name)
-        if name is None or cell.arrivals != "poisson":
-            return None
-        try:
-            return round(_predicted(self, cell, tuple(sorted(solo_ms.items())), name), 1)
-        except DstackError:
-            return None
-
-    def guess_per_s(self, cell: Cell, solo_ms: Mapping[str, float], alternative: Alternative) -> float:
-        """Where to start the search."""
-        predicted = self.predicted_peak_per_s(cell, solo_ms, alternative)
-        return predicted or GUESS * self.bounds(cell, solo_ms)["ideal_corun_per_s"]
+    return replace(all_profiles, models=models, corun=tuple(corun))
 
 
-@functools.lru_cache(maxsize=256)
-def _bounds(planner: Planner, cell: Cell, solo: tuple[tuple[str, float], ...]) -> tuple[float, float]:
-    case = planner.case(cell, dict(solo))
-    found = bounds_of(case)
-    total = case.total_rate_per_s
-    return found.corun.peak_scale * total, found.isolated.peak_scale * total
+def inside(profiles: ProfileSet, solo: Solo, workload: Workload) -> Workload:
+    """The workload with the SLO that is left for waiting and running: what serving adds outside the instance
+    (the lone request's latency less its run) is taken off."""
+    by_network, models = dict(solo), []
+    for demand in workload.models:
+        network = network_of(demand.name)
+        surface = LatencySurface.from_profile(profiles.models[network])
+        outside_ms = max(0.0, by_network[network] - float(surface.latency_ms(100.0, 1)))
+        assert demand.slo_ms is not None
+        models.append(replace(demand, slo_ms=round(demand.slo_ms - outside_ms, 3)))
+    return replace(workload, models=tuple(models))
 
 
-@functools.lru_cache(maxsize=256)
-def _predicted(planner: Planner, cell: Cell, solo: tuple[tuple[str, float], ...], name: str) -> float:
-    levels = tuple(round(100 * 8 * k / 132, 2) for k in range(1, 17)) if name == "dstack" else ()
-    case = planner.case(cell, dict(solo), levels)
-    start = planner.bounds(cell, dict(solo))["ideal_corun_per_s"] / 4 / case.total_rate_per_s
-    return (
-        find_peak(case.scaled(start), name, SIM_SECONDS, SIM_SEEDS, tolerance=0.03).factor
-        * start * case.total_rate_per_s
+def _workload(profiles: ProfileSet, cell: Cell, solo: Solo, rate_per_s: float) -> Workload:
+    by_network = dict(solo)
+    by_model = {model: by_network[network_of(model)] for model in cell.models}
+    return inside(profiles, solo, cell.workload(by_model, rate_per_s, OnLate.SERVE))
+
+
+def _case(
+    profiles: ProfileSet, cell: Cell, solo: Solo, *, levels: tuple[float, ...] = (), plan: Plan | None = None
+) -> Case:
+    """The simulator's case at a total rate of 1000/s. The SLOs are those inside."""
+    return make_case(
+        profiles_of(profiles, cell), _workload(profiles, cell, solo, 1000.0), levels=levels, plan=plan,
+        arrivals=trace() if cell.arrivals == "trace" else None,
     )  # fmt: skip
+
+
+def _plan(profiles: ProfileSet, wanted: Sum, told: Mapping[str, float]) -> Plan:
+    """As `dstackctl run` makes it: with the reserve of its load factor, scaled down where it does not fit."""
+    cell = wanted.cell
+    settings = ReplanSettings()
+    settings = replace(settings, load_factor=told.get("load_factor", settings.load_factor))
+    workload = with_reserve(_workload(profiles, cell, wanted.solo, wanted.rate_per_s), settings)
+    plan = make_plan(profiles_of(profiles, cell), workload, PlanOptions(lenient=True))
+    if "capacity" in told:
+        plan = replace(plan, capacity_percent=told["capacity"])
+    return plan
+
+
+def _peak(profiles: ProfileSet, wanted: Sum, alternative: Alternative) -> float | None:
+    """The simulated peak of an alternative, /s in all; None where the simulator has no such policy."""
+    name = SIMULATED.get(alternative.name.split("+")[0])
+    if alternative.policy is not None:
+        name = alternative.policy
+    if name not in POLICIES:
+        return None
+    cell, solo = wanted.cell, wanted.solo
+    plan: Plan | None = None
+    levels: tuple[float, ...] = ()
+    if alternative.policy == "dstack":
+        levels = _levels(alternative.config["levels"])
+        ideal = work_out(replace(wanted, what="bounds", alternative=None))
+        at_half = replace(wanted, rate_per_s=PLAN_STEP ** rung(ideal[0] / 2 if ideal else 1000.0))
+        plan = _plan(profiles, at_half, alternative.told_by_name)
+    case = _case(profiles, cell, solo, levels=levels, plan=plan if plan and plan.models else None)
+    if alternative.rate_limiter:
+        case = replace(case, capacity_percent=100.0)
+    found = find_peak(case, name, wanted.seconds, SIM_SEEDS, tolerance=0.03)
+    return found.factor * case.total_rate_per_s
+
+
+def _levels(text: str) -> tuple[float, ...]:
+    return LEVELS_PERCENT[text] if text in LEVELS_PERCENT else tuple(float(x) for x in text.split(","))

@@ -1,173 +1,271 @@
-"""perf/reports/h100/README.md and its plots, from compare.json alone."""
+"""perf/reports/h100/README.md and its plots, from compare.json (and dataplane.json beside it) alone."""
 
 from __future__ import annotations
 
-import statistics
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from compare.alternatives import ALTERNATIVES
+from compare.summary import (
+    OURS,
+    Result,
+    by_cell,
+    fraction_of_ideal,
+    policies_of,
+    prediction_error,
+    predictions,
+    ratio,
+    targets,
+)
 
-OURS = "dstack"
-GPU_FIGURES = ("sm_activity", "sm_occupancy", "dram_bandwidth")
-FREE_RIVALS = ("mps-default", "mps-static", "rate-limiter", "one-process")  # (c), (d), (f), (g)
+FAR_OFF = 0.1  # of a prediction
+MET = {True: "yes", False: "**no**", None: "not measured"}
+METHOD = """\
+Peak: the largest total rate at which every model keeps 99% of its requests within its SLO, found by
+bracketing and bisecting with a trial of {seconds:g} s a rate; the mean over the repeats. Failures are misses.
+SLO: at the client, the cell's factor times the latency of a lone batch-1 request with all of the GPU (below).
+Load: a perf_analyzer a model over gRPC, open loop, the same arrival seeds for every alternative ({seed} and
+up, one a repeat). Images travel as 8 bits a channel and BERT answers with its first token's state, so that
+clients and network take a small part of a request. All alternatives run the same backend with CUDA graphs
+and the pipeline, batches of up to 32 (planned sizes where shares are planned). The servers of a cell are up
+together; all but the one that is measured are idle. No alternative rejects late requests.
 
-
-def by_cell(results: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Mapping[str, Any]]]:
-    """cell -> policy -> result."""
-    cells: dict[str, dict[str, Mapping[str, Any]]] = {}
-    for each in results:
-        cells.setdefault(each["cell"], {})[each["policy"]] = each
-    return cells
-
-
-def ratio(cell: Mapping[str, Mapping[str, Any]], rival: str) -> float | None:
-    """Our peak over a rival's; None where one is missing."""
-    if OURS not in cell or rival not in cell or not cell[rival]["peak_per_s"]:
-        return None
-    return float(cell[OURS]["peak_per_s"] / cell[rival]["peak_per_s"])
-
-
-def summary(document: Mapping[str, Any]) -> dict[str, Any]:
-    """The figures that the issue has targets for."""
-    cells = by_cell(document["cells"])
-    against_best = {
-        key: min(found)
-        for key, cell in cells.items()
-        if (found := [r for rival in FREE_RIVALS if (r := ratio(cell, rival)) is not None])
-    }
-    against = {
-        rival: {key: round(r, 3) for key, cell in cells.items() if (r := ratio(cell, rival)) is not None}
-        for rival in ALTERNATIVES
-        if rival != OURS
-    }
-    ideal = {
-        key: round(cell[OURS]["peak_per_s"] / cell[OURS]["ideal_corun_per_s"], 3)
-        for key, cell in cells.items()
-        if OURS in cell and cell[OURS]["ideal_corun_per_s"]
-    }
-    predicted = {
-        f"{key} {policy}": round(each["predicted_peak_per_s"] / each["peak_per_s"], 3)
-        for key, cell in cells.items()
-        for policy, each in cell.items()
-        if each.get("predicted_peak_per_s") and each["peak_per_s"]
-    }
-    return {
-        "against": against,
-        "against_best_free": {key: round(value, 3) for key, value in against_best.items()},
-        "against_best_free_median": median_of(against_best.values()),
-        "fraction_of_ideal": ideal,
-        "predicted_over_measured": predicted,
-        "prediction_error_median": median_of(abs(value - 1) for value in predicted.values()),
-    }
-
-
-def median_of(values: Iterable[float]) -> float | None:
-    """None of nothing."""
-    known = list(values)
-    return round(statistics.median(known), 3) if known else None
-
-
-def peaks_table(document: Mapping[str, Any]) -> list[str]:
-    """Peak of every alternative in every cell."""
-    policies = [name for name in ALTERNATIVES if any(e["policy"] == name for e in document["cells"])]
-    lines = [
-        "| cell | " + " | ".join(f"({ALTERNATIVES[name].letter}) {name}" for name in policies) + " | ideal |",
-        "| --- |" + " --- |" * (len(policies) + 1),
-    ]
-    for key, cell in by_cell(document["cells"]).items():
-        peaks = [cell[name]["peak_per_s"] if name in cell else None for name in policies]
-        best = max(peak for peak in peaks if peak is not None)
-        shown = ["" if p is None else f"**{p:.0f}**" if p == best else f"{p:.0f}" for p in peaks]
-        ideal = next(iter(cell.values()))["ideal_corun_per_s"]
-        lines.append(f"| {key} | " + " | ".join(shown) + f" | {ideal:.0f} |")
-    return lines
-
-
-def at_peak_table(document: Mapping[str, Any]) -> list[str]:
-    """What the GPU did at each peak."""
-    lines = [
-        "| cell | alternative | peak/s | SM activity | occupancy | DRAM | W | mJ each | fairness | spread |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for each in document["cells"]:
-        figures = (each["at_peak"] or {}).get("figures", {})
-        gpu = figures.get("gpu", {})
-        peaks = [repeat["peak_per_s"] for repeat in each["repeats"]]
-        spread = f"{(max(peaks) - min(peaks)) / each['peak_per_s']:.1%}" if len(peaks) > 1 else ""
-        lines.append(
-            f"| {each['cell']} | {each['policy']} | {each['peak_per_s']:.0f} | "
-            + " | ".join(shown(gpu.get(key), percent=True) for key in GPU_FIGURES)
-            + f" | {shown(gpu.get('power_w'))} | {shown(figures.get('energy_mj_per_inference'))}"
-            f" | {figures.get('jain_fairness', '')} | {spread} |"
-        )  # fmt: skip
-    return lines
-
-
-def shown(value: float | None, *, percent: bool = False) -> str:
-    """A table cell."""
-    if value is None:
-        return ""
-    return f"{value:.0%}" if percent else f"{value:.0f}"
-
-
-def plot_curves(document: Mapping[str, Any], directory: Path) -> list[Path]:
-    """Goodput against offered load, a picture a cell."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    paths = []
-    for key, cell in by_cell(document["cells"]).items():
-        figure, axes = plt.subplots(figsize=(6.4, 4.0))
-        for name, each in cell.items():
-            curve: Sequence[Mapping[str, float]] = each["goodput_curve"]
-            axes.plot(
-                [p["offered_per_s"] for p in curve], [p["goodput_per_s"] for p in curve], "o-", ms=3,
-                lw=2.2 if name == OURS else 1.0, label=f"({each['letter']}) {name}",
-            )  # fmt: skip
-        limit = max(p["offered_per_s"] for each in cell.values() for p in each["goodput_curve"])
-        axes.plot([0, limit], [0, limit], color="0.8", lw=1, zorder=0)
-        axes.set(xlabel="offered requests/s", ylabel="answered within their SLO, /s", title=key)
-        axes.legend(fontsize=7)
-        path = directory / f"goodput_{key.replace(':', '_')}.png"
-        figure.savefig(path, dpi=110, bbox_inches="tight")
-        plt.close(figure)
-        paths.append(path)
-    return paths
+(g) shares one Python interpreter between the models' threads, which Triton's own onnxruntime backend would
+not; (f) has 100 units of one resource and each model takes its GPU% of them while it runs. Fairness: Jain's
+index of the shares of their offered rates that the models were answered while load came. Ideal:
+`ideal_corun`, the bound by column generation over the measured profiles and co-runs. A cell with trace
+arrivals replays the timing of Azure's LLM inference trace of 2023, striped over the models; its peak is the
+mean rate at which the whole trace would pass."""
 
 
 def write(document: Mapping[str, Any], directory: Path) -> Path:
     """README.md and the plots into `directory`; the path of the README."""
-    plots = plot_curves(document, directory)
-    figures = summary(document)
+    cells = by_cell(document)
+    gpu = document["gpu"]
     lines = [
         "# D-STACK against the alternatives, measured",
         "",
-        f"Made by `{document['command']}` at commit {document['commit']}, {document['date']}.",
+        f"Made by `{document['command']}` at commit {document['commit']}, {document['date']}, on "
+        f"{gpu['name'] or 'no GPU'} (driver {gpu['driver'] or '-'}), Triton {document['triton']}. "
         "Raw figures: compare.json.",
         "",
-        "Peak: largest total rate at which every model keeps 99% of its requests within its SLO.",
-        "SLO: at the client; the cell's factor times the latency of a lone batch-1 request.",
+        *METHOD.format(seconds=document["seconds"], seed=document["seed"]).splitlines(),
+        "",
+        "## Targets",
+        "",
+        *table(("target (D-STACK's peak over the other's, where nothing else is said)", "measured", "met"),
+               ([t.text, t.measured, MET[t.met]] for t in targets(document))),
+        "",
+        "## Peaks, requests/s",
         "",
         *peaks_table(document),
         "",
-        *at_peak_table(document),
+        *table(("cell", *(f"D-STACK / {name}" for name in policies_of(document) if name != OURS),
+                "fraction of the ideal"), ratio_rows(document)),
         "",
-        "D-STACK's peak over that of each alternative, by cell:",
+        "## At the peak",
         "",
-        *(f"- {name}: " + ", ".join(f"{key} {value:.2f}" for key, value in cells.items())
-          for name, cells in figures["against"].items() if cells),
-        f"- best of (c), (d), (f), (g): median {figures['against_best_free_median']}",
+        *table(("cell", "alternative", "peak/s", "repeats", "spread", "SM activity", "occupancy", "DRAM",
+                "GPU% granted", "W", "mJ a request", "fairness", "at 1.5x"), at_peak_rows(document)),
         "",
-        "Fraction of the ideal: " + ", ".join(f"{k} {v}" for k, v in figures["fraction_of_ideal"].items()),
-        "",
-        f"Simulator against measurement: median error of the peak {figures['prediction_error_median']}.",
-        "",
-        *(f"![{path.stem}]({path.name})" for path in plots),
+        *latency_section(cells),
+        *variants_section(document, cells),
+        *simulator_section(cells),
+        *static_section(document, cells),
+        *data_plane_section(directory),
+        *solo_section(document),
+        *pictures(cells, directory),
+        *runs_section(document),
     ]  # fmt: skip
     path = directory / "README.md"
-    path.write_text("\n".join(lines) + "\n")
+    path.write_text("\n".join(lines).rstrip() + "\n")
     return path
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
+    """A Markdown table."""
+    return [
+        "| " + " | ".join(head) + " |",
+        "| --- |" + " --- |" * (len(head) - 1),
+        *("| " + " | ".join(str(value) for value in row) + " |" for row in rows),
+    ]
+
+
+def number(value: float | None, form: str = ".0f") -> str:
+    """A table cell; empty where nothing is known."""
+    return "" if value is None else format(value, form)
+
+
+def peaks_table(document: Mapping[str, Any]) -> list[str]:
+    """Peak of every alternative in every cell, the best in bold."""
+    policies = policies_of(document)
+    rows = []
+    for key, cell in by_cell(document).items():
+        peaks = [cell[name]["peak_per_s"] if name in cell else None for name in policies]
+        best = max((peak for peak in peaks if peak is not None), default=None)
+        shown = [f"**{p:.0f}**" if p is not None and p == best else number(p) for p in peaks]
+        rows.append([key, *shown, number(next(iter(cell.values()))["ideal_corun_per_s"])])
+    heads = [f"({ALTERNATIVES[name].letter}) {name}" for name in policies]
+    return table(("cell", *heads, "ideal"), rows)
+
+
+def ratio_rows(document: Mapping[str, Any]) -> list[list[str]]:
+    cells = by_cell(document)
+    ideal = fraction_of_ideal(cells)
+    rivals = [name for name in policies_of(document) if name != OURS]
+    return [
+        [key, *(number(ratio(cell, rival), ".2f") for rival in rivals), number(ideal.get(key), ".2f")]
+        for key, cell in cells.items()
+        if OURS in cell
+    ]
+
+
+def spread(result: Result) -> float | None:
+    """Largest less smallest peak of the repeats, over their mean; None of fewer than two."""
+    peaks = [repeat["peak_per_s"] for repeat in result["repeats"]]
+    if len(peaks) < 2 or not result["peak_per_s"]:
+        return None
+    return float((max(peaks) - min(peaks)) / result["peak_per_s"])
+
+
+def at_peak_rows(document: Mapping[str, Any]) -> Iterable[list[str]]:
+    """What the GPU did at each peak. SM activity where NVML has it, else its coarse utilization."""
+    for each in document["cells"]:
+        figures = (each["at_peak"] or {}).get("figures", {})
+        gpu = figures.get("gpu", {})
+        activity = number(gpu.get("sm_activity"), ".0%")
+        if not activity and gpu.get("coarse_utilization") is not None:
+            activity = f"({gpu['coarse_utilization']:.0%} coarse)"
+        granted = gpu.get("granted_percent")
+        yield [
+            each["cell"], each["policy"], number(each["peak_per_s"]), str(len(each["repeats"])),
+            number(spread(each), ".1%"), activity, number(gpu.get("sm_occupancy"), ".0%"),
+            number(gpu.get("dram_bandwidth"), ".0%"),
+            "" if granted is None else f"{granted:.0f}%", number(gpu.get("power_w")),
+            number(figures.get("energy_mj_per_inference")), number(figures.get("jain_fairness"), ".3f"),
+            number(each.get("saturated", {}).get("jain_fairness"), ".3f"),
+        ]  # fmt: skip
+
+
+def latency_section(cells: Mapping[str, Mapping[str, Result]]) -> list[str]:
+    """p50 and p99 of every model at each peak."""
+    lines = ["## Latency at the peak, ms: p50 / p99 of each model", ""]
+    for key, cell in cells.items():
+        models = list(next(iter(cell.values()))["slo_ms"])
+        slos = next(iter(cell.values()))["slo_ms"]
+        rows = []
+        for name, each in cell.items():
+            found = (each["at_peak"] or {}).get("figures", {}).get("models", {})
+            if found:
+                shown = [f"{found[m]['p50_ms']:.1f} / {found[m]['p99_ms']:.1f}" for m in models]
+                rows.append([name, number(each["at_peak"]["rate_per_s"]), *shown])
+        lines += [
+            *table((key, "rate/s", *(f"{m} (SLO {slos[m]:.1f})" for m in models)), rows), ""
+        ]  # fmt: skip
+    return lines
+
+
+def variants_section(document: Mapping[str, Any], cells: Mapping[str, Mapping[str, Result]]) -> list[str]:
+    """Variants beside what they are variants of."""
+    rows = []
+    for name in policies_of(document, variants=True):
+        for key, cell in cells.items():
+            if name in cell:
+                origin = cell[name]["variant_of"]
+                rows.append(
+                    [key, name, number(cell[name]["peak_per_s"]),
+                     number(cell[origin]["peak_per_s"]) if origin in cell else "",
+                     number(ratio(cell, origin, name), ".2f")]
+                )  # fmt: skip
+    if not rows:
+        return []
+    return ["## Variants", "", *table(("cell", "variant", "peak/s", "its origin's", "ratio"), rows), ""]
+
+
+def simulator_section(cells: Mapping[str, Mapping[str, Result]]) -> list[str]:
+    """Predicted against measured peaks, and where they part."""
+    found = predictions(cells)
+    if not found:
+        return []
+    off = prediction_error(found)
+    far = [
+        f"{key} {policy} ({a / b - 1:+.0%})" for (key, policy), (a, b) in found.items()
+        if abs(a / b - 1) > FAR_OFF
+    ]  # fmt: skip
+    rows = [[key, policy, number(a), number(b), f"{a / b:.2f}"] for (key, policy), (a, b) in found.items()]
+    return [
+        "## The simulator's prediction", "",
+        f"Median error {off:.1%}. Off by more than 10%: {', '.join(far) or 'nowhere'}.", "",
+        *table(("cell", "alternative", "predicted/s", "measured/s", "ratio"), rows), "",
+    ]  # fmt: skip
+
+
+def static_section(document: Mapping[str, Any], cells: Mapping[str, Mapping[str, Result]]) -> list[str]:
+    """What the search for the best fixed shares tried."""
+    lines: list[str] = []
+    for key, search in document.get("static_searches", {}).items():
+        plan_s = cells.get(key, {}).get(OURS, {}).get("plan_s")
+        beside = f"; a plan of D-STACK takes {plan_s:.1f} s at most" if plan_s else ""
+        tried = [
+            [each["shares"], number(each["held_per_s"] or None), number(each["failed_at_per_s"])]
+            for each in search["tried"]
+        ]
+        lines += [
+            f"## Best static, {key}", "",
+            f"{len(tried)} candidates in {search['search_s']:.0f} s{beside}. Best: {search['best']}. The "
+            + ("search is complete." if search["complete"] else "search was cut short."), "",
+            *table(("candidate", "held, /s", "failed at, /s"), tried), "",
+        ]  # fmt: skip
+    return lines
+
+
+def data_plane_section(directory: Path) -> list[str]:
+    """What CUDA graphs add to every alternative, from the data-plane study."""
+    path = directory / "dataplane.json"
+    if not path.exists():
+        return []
+    document = json.loads(path.read_text())
+    models = document.get("parts", {}).get("graphs", {}).get("models", {})
+    rows = [
+        [model, batch, number(each["with_rows_per_s"]), number(each["without_rows_per_s"]),
+         number(each["speed_up"], ".2f")]
+        for model, batches in models.items() for batch, each in batches.items()
+    ]  # fmt: skip
+    if not rows:
+        return []
+    return [
+        "## What the data plane adds", "",
+        "Every alternative above has it. From `make perf-h100-dataplane`, one model at a time.",
+        "", *table(("model", "client batch", "with CUDA graphs, rows/s", "without", "ratio"), rows), "",
+    ]  # fmt: skip
+
+
+def solo_section(document: Mapping[str, Any]) -> list[str]:
+    rows = [[name, f"{ms:.2f}"] for name, ms in sorted(document["solo_ms"].items())]
+    return ["## A lone batch-1 request at the client", "", *table(("model", "ms, p50"), rows), ""]
+
+
+def pictures(cells: Mapping[str, Mapping[str, Result]], directory: Path) -> list[str]:
+    """The plots of every cell, drawn now."""
+    from compare import plots  # matplotlib takes a second to import: only where it is used
+
+    lines = ["## Pictures", ""]
+    for key, cell in cells.items():
+        known = {name: each for name, each in cell.items() if each["goodput_curve"]}
+        if not known:
+            continue
+        drawn = [plots.goodput(key, known, directory), plots.latencies(key, known, directory),
+                 plots.timelines(key, known, directory)]  # fmt: skip
+        lines += [f"![{path.stem}]({path.name})" for path in drawn if path is not None]
+    return [*lines, ""]
+
+
+def runs_section(document: Mapping[str, Any]) -> list[str]:
+    """How the figures came about, run by run, and what went wrong."""
+    rows = [[each["date"], each["commit"], f"`{' '.join(each['arguments'])}`"] for each in document["runs"]]
+    lines = ["## Runs", "", *table(("started", "commit", "perf/h100_compare.py"), rows), ""]
+    if document["problems"]:
+        lines += ["Problems:", "", *(f"- {each}" for each in document["problems"]), ""]
+    return lines

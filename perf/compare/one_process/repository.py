@@ -27,24 +27,27 @@ def write_one_process(
 ) -> dict[str, str]:
     """Write it; every model is asked for under the one name."""
     from compare.alternatives import MAX_BATCH_SIZE, link
-    from compare.cells import file_of
+    from compare.cells import file_of, served_name
 
     version = root / NAME / "1"
     version.mkdir(parents=True, exist_ok=True)
     shutil.copy(Path(__file__).with_name("model.py"), version / "model.py")
     inputs, batch_sizes = [], {}
     for model, how in served.items():
-        file = version / "models" / model / "1" / "model.onnx"
+        part = served_name(model)
+        file = version / "models" / part / "1" / "model.onnx"
         link(models_dir / f"{file_of(model)}.onnx", file)
         session = CpuSession(file, threads=1, optimize=False)
         for spec in session.inputs:
             dims = ", ".join(str(dim if isinstance(dim, int) else -1) for dim in spec.shape[1:])
-            name = f"{model}{SEPARATOR}{spec.name}"
+            name = f"{part}{SEPARATOR}{spec.name}"
+            # Ragged: requests to different models may come in one batch; execute() sorts them.
             inputs.append(
-                f'{{ name: "{name}" data_type: {spec.triton_dtype} dims: [ {dims} ] optional: true }}'
+                f'{{ name: "{name}" data_type: {spec.triton_dtype} dims: [ {dims} ] optional: true '
+                "allow_ragged_batch: true }"
             )
         session.close()
-        batch_sizes[model] = how.batch_size
+        batch_sizes[part] = how.batch_size
     (version / "models.json").write_text(json.dumps(batch_sizes))
     (root / NAME / "config.pbtxt").write_text(
         f'backend: "python"\nmax_batch_size: {MAX_BATCH_SIZE}\n'

@@ -1,0 +1,100 @@
+"""What the clients saw, request by request, and the figures of a trial that are made of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from compare.peak import Trial
+from dstack_sched.app.bench import LoadGenerator, LoadRun
+from dstack_sched.domain.load import BenchResult, LoadTrace
+from dstack_sched.errors import ServerError
+from dstack_sched.sim.result import jain
+
+CDF_PERCENTS = (0, 1, 2, 5, *range(10, 90, 10), 90, 95, 97, 98, 99, 99.5, 99.9, 100)
+MOST_SPANS = 400  # of one model, in a timeline
+
+Traces = Mapping[str, Sequence[LoadTrace]]
+
+
+class Recorder:
+    """A load generator that keeps what the runs of another one found: `traces`, by model."""
+
+    def __init__(self, generator: LoadGenerator) -> None:
+        self._generator = generator
+        self.traces: dict[str, list[LoadTrace]] = {}
+
+    def start(self, model: str, intervals_us: np.ndarray) -> LoadRun:
+        kept = self.traces.setdefault(model, [])
+        return _Recorded(self._generator.start(model, intervals_us), kept)
+
+
+class _Recorded:
+    def __init__(self, run: LoadRun, kept: list[LoadTrace]) -> None:
+        self._run, self._kept = run, kept
+
+    def wait(self, timeout_s: float) -> LoadTrace:
+        trace = self._run.wait(timeout_s)
+        self._kept.append(trace)
+        return trace
+
+
+def spans(traces: Traces, since_s: float, until_s: float) -> dict[str, list[list[float]]]:
+    """Model -> [sent, answered] in ms from since_s, of its requests under way then. Wall-clock seconds."""
+    found = {}
+    for model, parts in traces.items():
+        sent = np.concatenate([part.sent_s for part in parts])
+        done = sent + np.concatenate([part.latency_ms for part in parts]) / 1e3
+        inside = (sent < until_s) & (done > since_s)
+        pairs = np.stack([sent[inside] - since_s, done[inside] - since_s], axis=1) * 1e3
+        found[model] = np.round(pairs[:MOST_SPANS], 2).tolist()
+    return found
+
+
+def served_share(parts: Sequence[LoadTrace]) -> float | None:
+    """Answers over requests, both within the time in which requests were sent: what of the offered rate a
+    model is served. None without requests."""
+    sent = np.concatenate([part.sent_s for part in parts])
+    if not sent.size:
+        return None
+    done = sent + np.concatenate([part.latency_ms for part in parts]) / 1e3
+    return float((done <= sent.max()).sum() / sent.size)
+
+
+def quantiles(latency_ms: np.ndarray) -> list[float]:
+    """The latencies at CDF_PERCENTS; [] of none."""
+    if not latency_ms.size:
+        return []
+    return [round(float(value), 3) for value in np.percentile(latency_ms, CDF_PERCENTS)]
+
+
+def trial_of(result: BenchResult, traces: Traces, gpu: Mapping[str, float]) -> Trial:
+    """The figures of a stretch: by model, and of the worst of them. Errors: ServerError, no load measured."""
+    models = {}
+    for name, each in result.models.items():
+        if each.slo_attainment is None:
+            raise ServerError(f"{name}: the load could not be measured ({each.requests} requests)")
+        latency_ms = np.concatenate([part.latency_ms for part in traces[name]])
+        models[name] = {
+            "rate_per_s": round(each.rate_per_s, 2), "requests": each.requests, "failed": each.failed,
+            "p50_ms": each.latency_ms_p50, "p99_ms": each.latency_ms_p99,
+            "attainment": each.slo_attainment, "goodput_per_s": round(each.goodput_per_s, 2),
+            "served_share": served_share(traces[name]),
+            "cdf_ms": quantiles(latency_ms),
+            "send_lag_ms_p99": each.send_lag_ms_p99,
+        }  # fmt: skip
+    shares = [float(each["served_share"] or 0.0) for each in models.values()]
+    answered = sum(each.requests - each.failed for each in result.models.values())
+    energy_j = gpu.get("energy_j")
+    return Trial(
+        rate_per_s=sum(each.rate_per_s for each in result.models.values()),
+        attainment=min(each.slo_attainment or 0.0 for each in result.models.values()),
+        goodput_per_s=sum(each.goodput_per_s for each in result.models.values()),
+        figures={
+            "models": models,
+            "gpu": {key: round(value, 4) for key, value in gpu.items()},
+            "jain_fairness": round(jain(shares), 4),
+            "energy_mj_per_inference": round(1e3 * energy_j / answered, 2) if energy_j and answered else None,
+        },
+    )
