@@ -45,7 +45,7 @@ from dstack_backend.settings import PARAMETERS
 from dstack_sched.adapters.mps import MpsDaemon
 from dstack_sched.adapters.perf_analyzer import find_perf_analyzer
 from dstack_sched.adapters.server_install import find_server
-from dstack_sched.errors import DstackError, InputError
+from dstack_sched.errors import DstackError, InputError, MachineError
 from report import REPORTS, ROOT
 
 EXPORT_LIMIT_S = 150.0
@@ -80,6 +80,8 @@ def measure(study: Study) -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     export(study)
     daemon = MpsDaemon(options.work / "mps.log")
+    if options.device == "cuda" and not daemon.available():
+        raise MachineError("no GPU, or no nvidia-cuda-mps-control on PATH; --device cpu is a dry run")
     try:
         daemon.start()  # one for all servers of all cells, which find it
         for cell in options.cells:
@@ -210,7 +212,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help="by comma, with NAME+KEY=VALUE for variants: " + ", ".join(ALTERNATIVES),
     )  # fmt: skip
     parser.add_argument("--time-budget-s", type=float, default=560.0)
-    parser.add_argument("--seconds", type=float, default=3.0, help="measured stretch of a trial")
+    parser.add_argument("--seconds", type=float, default=2.5, help="measured stretch of a trial")
     parser.add_argument("--warmup-s", type=float, default=0.7)
     parser.add_argument("--tolerance", type=float, default=0.06, help="of a peak, relative")
     parser.add_argument("--repeats", type=int, default=1)

@@ -18,13 +18,14 @@ from compare.planning import Solo
 from compare.static_search import StaticSearch
 from compare.study import ATTAINMENT, SEED, Study, best_trial, point, search_figures
 from dstack_sched.app.arbiter_plans import arbiter_form
-from dstack_sched.app.bench import TAIL_S, BenchOptions
+from dstack_sched.app.bench import BenchOptions
 from dstack_sched.domain.workload import OnLate, Workload
 from report import commit, now
 
 CURVE_LOADS = (0.5, 0.8, 1.2, 1.5)  # of the alternative's own peak; the peak itself is measured anyway
 AGAIN_STEP = 1.1  # of a repeat, whose peak is about known
-OVERHEAD_S = 2.0  # of a trial: perf_analyzer's start and end, reading its export
+TAIL_S = 0.3  # perf_analyzers start late, so they end late: little load is needed behind the window
+OVERHEAD_S = 1.5  # of a trial: perf_analyzer's start and end, reading its export
 SOLO_S = 1.0
 GUESS_LIMIT_S = 30.0
 BLIND_GUESS_PER_S = 500.0
@@ -113,7 +114,7 @@ class CellRun:
         workload = cell.workload(self._solo, rate_per_s, OnLate.SERVE)  # perf_analyzer ends at a rejection
         if alternative.policy is not None:
             self._tell(deployment, alternative, workload, rate_per_s)
-        bench = BenchOptions(options.seconds, options.warmup_s, SEED + repeat)
+        bench = BenchOptions(options.seconds, options.warmup_s, SEED + repeat, tail_s=TAIL_S)
         trial = deployment.trial(cell, workload, bench, repeat)
         study.say(
             f"  {cell.key} {alternative.name}: {rate_per_s:7.0f}/s -> worst attainment "

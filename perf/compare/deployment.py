@@ -18,6 +18,7 @@ from compare.peak import Trial
 from compare.traces import Recorder, spans, trial_of
 from dstack_sched.adapters.arbiter_client import SocketArbiterClient
 from dstack_sched.adapters.clock import SystemClock
+from dstack_sched.adapters.mps_console import PIPE_VARIABLE
 from dstack_sched.adapters.perf_analyzer import LoadOptions, PerfAnalyzerLoad, find_perf_analyzer
 from dstack_sched.adapters.triton_client import TritonClient
 from dstack_sched.app.bench import BenchOptions, poisson, run_bench
@@ -75,6 +76,7 @@ class Deployment:
                 repository=self.repository, log_dir=directory / "logs", http_port=0, grpc_port=0,
                 metrics_port=0, socket=directory / "arbiter.sock", mps=alternative.mps,
                 triton_arguments=server_arguments(alternative),
+                env={} if alternative.mps else {PIPE_VARIABLE: str(directory / "no-daemon")},
             )
         )  # fmt: skip
         self._load: PerfAnalyzerLoad | None = None
@@ -214,7 +216,7 @@ class Deployment:
         assert self._load is not None
         demand = ModelDemand(model, 1000.0, 40.0, 1.0, OnLate.SERVE)
         result: BenchResult = run_bench(
-            Workload((demand,)), self._load, self._renamed, SystemClock(), BenchOptions(seconds, 0.3, 1),
+            Workload((demand,)), self._load, self._renamed, SystemClock(), BenchOptions(seconds, 0.3, 1, tail_s=0.1),
             arrivals=poisson,
         )  # fmt: skip
         latency = result.models[model].latency_ms_p50

@@ -139,5 +139,5 @@ class GpuWatch(threading.Thread):
         if clocks:
             found["sm_clock_mhz"] = statistics.fmean(clocks)
         if granted is not None and self._granted is not None:
-            found["granted_percent"] = (self._granted() - granted) / (10.0 * seconds)
+            found["granted_percent"] = (self._granted() - granted) / (1e3 * seconds)
         self._at_end()

@@ -43,12 +43,14 @@ class LoadGenerator(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class BenchOptions:
-    """seconds: the measured window; warmup_s: before it; scale: a factor on all rates."""
+    """seconds: the measured window; warmup_s: before it; scale: a factor on all rates; tail_s: load behind the
+    window."""
 
     seconds: float = 20.0
     warmup_s: float = 2.0
     seed: int = 1
     scale: float = 1.0
+    tail_s: float = TAIL_S
 
     def __post_init__(self) -> None:
         if self.seconds <= 0 or self.warmup_s < 0 or self.scale <= 0:
@@ -92,7 +94,7 @@ def run_bench(
     Errors: InputError when a model is not served, MachineError when the generator cannot be used.
     """
     check_served(workload, server)
-    duration_s = options.warmup_s + options.seconds + TAIL_S
+    duration_s = options.warmup_s + options.seconds + options.tail_s
     draw = arrivals or poisson
     schedules = {
         demand.name: draw(demand, demand.rate_per_s * options.scale, duration_s, stream(options, demand))
