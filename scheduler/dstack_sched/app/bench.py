@@ -43,8 +43,7 @@ class LoadGenerator(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class BenchOptions:
-    """seconds: the measured window; warmup_s: before it; scale: a factor on all rates; tail_s: load behind the
-    window."""
+    """seconds: the measured window; warmup_s: before it, tail_s: behind it; scale: a factor on all rates."""
 
     seconds: float = 20.0
     warmup_s: float = 2.0
