@@ -71,6 +71,9 @@ class FakeCuda:
     def name(self) -> str:
         return "fake 9.0"
 
+    def version(self) -> str:
+        return "13000"
+
     def memory_info(self) -> tuple[int, int]:
         held = self.others_bytes + sum(block.nbytes for block in self.memory.values())
         return TOTAL_BYTES - held, TOTAL_BYTES

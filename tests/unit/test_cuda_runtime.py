@@ -23,7 +23,7 @@ from dstack_backend.cuda_sessions import CudaOptions
 from dstack_backend.errors import DeviceError, DeviceLostError, ModelError, RunError
 from dstack_backend.executor import Executor
 from dstack_backend.interfaces import Permit
-from dstack_backend.optimized import Cache
+from dstack_backend.optimized import SUMS, Cache, seal
 from dstack_backend.pipeline import Pipeline
 from dstack_backend.runtime import CpuSession
 from dstack_backend.runtime_cuda import CudaSession, limit_process
@@ -779,7 +779,7 @@ def test_the_second_load_takes_the_optimised_model_from_the_cache(rig: Rig, tmp_
     first = len(rig.sessions.opened)
     entries = list((tmp_path / "cache" / "optimized").iterdir())
     rig.load().close()
-    assert len(rig.sessions.opened) == first - 3
+    assert len(rig.sessions.opened) == first - 4, "nor is the plain run made again that programs must equal"
     assert list((tmp_path / "cache" / "optimized").iterdir()) == entries
 
 
@@ -817,6 +817,50 @@ def test_weights_are_not_shared_where_that_changes_the_answers(
     rig.check(session.run({"x": x}), x)
     session.close()
     rig.cuda.assert_nothing_left()
+
+
+def test_the_reference_is_known_from_an_earlier_load_and_still_heeded(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    rig.load().close()
+    monkeypatch.setattr(CpuSessions, "_answers", lambda *_: pytest.fail("computed again"))
+    session = rig.load()
+    assert session.graphs == len(SIZES)
+    session.close()
+    (entry,) = (path.parent for path in (tmp_path / "cache").rglob("0.npy"))
+    np.save(entry / "0.npy", np.load(entry / "0.npy") + 1, allow_pickle=False)
+    (entry / SUMS).unlink()
+    seal(entry)
+    session = rig.load()
+    assert session.graphs == 0, "programs must answer as it says"
+    session.close()
+    (entry / "0.npy").write_bytes(b"damaged")
+    monkeypatch.undo()
+    session = rig.load()
+    assert session.graphs == len(SIZES), "a damaged one is computed again"
+    session.close()
+
+
+def test_a_model_that_is_slow_to_prepare_serves_before_all_batch_sizes_are_there(rig: Rig) -> None:
+    session = rig.load(sizes=())
+    session.warm_up(SIZES, within_s=0.0)
+    x = rig.rows(2)
+    rig.check(session.run({"x": x}), x)
+    eventually(lambda: session.graphs == len(SIZES) and session._shelf._wishing is None)
+    assert set(session._shelf._programs) <= session._shelf._kept, "no others push them out"
+    rig.check(session.run({"x": x}), x)
+    session.close()
+    rig.cuda.assert_nothing_left()
+
+
+def test_first_the_smallest_and_the_largest_batch_size(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_shelf.Shelf, "wish", lambda *_: None)
+    session = rig.load(sizes=())
+    session.warm_up(SIZES, within_s=0.0)
+    assert session._shelf.sizes == [SIZES[0], SIZES[-1]]
+    session.warm_up(SIZES, within_s=60.0)
+    assert tuple(session._shelf.sizes) == SIZES
+    session.close()
 
 
 # Layouts

@@ -150,6 +150,12 @@ class Driver:
         major, minor = (self._attribute(code) for code in (75, 76))
         return f"{text.value.decode()} {major}.{minor}"
 
+    def version(self) -> str:
+        """Of CUDA that the driver brings: a newer driver may compile otherwise."""
+        version = ctypes.c_int()
+        self.call("cuDriverGetVersion", ctypes.byref(version))
+        return str(version.value)
+
     def _attribute(self, code: int) -> int:
         value = ctypes.c_int()
         self.call("cuDeviceGetAttribute", ctypes.byref(value), ctypes.c_int(code), self.device)

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 
 from dstack_backend.cuda_sessions import Sessions
 from dstack_backend.cuda_slots import parts_of
@@ -24,8 +23,6 @@ class PlainPath:
         self._session: Any = sessions.open(stream)
         self._lock = threading.Lock()
         self.specs = self._session
-        self._frugal = ort.RunOptions()
-        self._frugal.add_run_config_entry("memory.enable_memory_arena_shrinkage", f"gpu:{sessions.device_id}")
 
     def to_host(self, feeds: Mapping[str, Feed]) -> dict[str, Array]:
         """The feeds as host arrays."""
@@ -43,12 +40,12 @@ class PlainPath:
     def _gather(parts: Sequence[Array]) -> Array:
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-    def run(self, feeds: Mapping[str, Array], names: Sequence[str], *, trial: bool = False) -> list[Array]:
-        """Outputs by name. trial: the memory it takes is not kept. Raises what ONNX Runtime raises."""
+    def run(self, feeds: Mapping[str, Array], names: Sequence[str]) -> list[Array]:
+        """Outputs by name. Raises what ONNX Runtime raises."""
         with self._lock:
             if self._session is None:
                 raise RunError("the session is closed")
-            return list(self._session.run(list(names), dict(feeds), self._frugal if trial else None))
+            return list(self._session.run(list(names), dict(feeds)))
 
     def close(self) -> None:
         with self._lock:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import numpy as np
 import onnxruntime as ort
 
 from dstack_backend import dlpack
-from dstack_backend.errors import ModelError, one_line
+from dstack_backend.errors import DeviceError, ModelError, one_line
 from dstack_backend.onnx_file import external_files
 from dstack_backend.optimized import Cache, key_of
 from dstack_backend.runtime import open_onnx, session_options, specs_of
@@ -27,7 +26,8 @@ AGREEMENT = 0.02  # largest relative difference of two runs, by norm: algorithms
 TRIAL_ROWS = 3  # no dimension of a model happens to have it as easily as 1, 2 or 4
 SHARED_FROM_BYTES = 1024  # smaller weights stay in the model: some are shapes that ONNX Runtime must see
 _MODEL, _WEIGHTS = "model.onnx", "weights.bin"  # of a cache entry
-_FORM = "2"  # of cache entries; another one for each change of what they hold
+REFERENCE_BYTES = 16 << 20  # about what an entry of answers takes at most
+_FORM = "3"  # of cache entries; another one for each change of what they hold
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +92,7 @@ class Sessions:
             ort.__version__,
             self.provider,
             self._memory.name(),
+            self._memory.version(),
             str(options.tf32),
             options.conv_algo_search,
         ]
@@ -147,15 +148,43 @@ class Sessions:
             raise ModelError("it has other dynamic dimensions than the batch")
         weights = SharedWeights(path, self._memory, (self.device_type, self.device_id))
         try:
+            feeds, wanted = self.reference(inputs, TRIAL_ROWS, stream)
             shared = self._open_shared(path, weights, stream, graphs=False)
-            feeds = samples(inputs, TRIAL_ROWS, seed=TRIAL_ROWS)
-            with ThreadPoolExecutor(2) as pool:  # cuDNN compiles kernels for each, on the host
-                wanted, got = pool.map(lambda session: session.run(None, feeds), (original, shared))
+            got = shared.run(None, feeds)
             if not all(agree(one, other) for one, other in zip(wanted, got, strict=True)):
                 raise ModelError("with shared weights it answers differently")
             del shared
         finally:
             weights.close()
+
+    def reference(
+        self, inputs: Sequence[TensorSpec], rows: int, stream: int
+    ) -> tuple[dict[str, Array], list[Array]]:
+        """Random rows, and the answers to them in graph order: on ONNX Runtime's ordinary path, in the usual
+        layout, with weights of its own. Computed once for a model and a device, and kept in the cache, for
+        cuDNN may compile for seconds for such a run. Raises what ONNX Runtime raises.
+        """
+        feeds = samples(inputs, rows, seed=rows)
+        computed: list[Array] = []
+
+        def fill(entry: Path) -> None:
+            computed.extend(self._answers(feeds, stream))
+            for index, answer in enumerate(computed):
+                np.save(entry / f"{index}.npy", answer, allow_pickle=False)
+
+        try:
+            key = key_of(self.path, [*self.traits, f"reference {rows}"])
+            entry = self.cache.get(key, fill, REFERENCE_BYTES)
+            if not computed:
+                files = [entry / f"{index}.npy" for index in range(len(list(entry.glob("*.npy"))))]
+                return feeds, [np.load(file, allow_pickle=False) for file in files]
+        except (OSError, DeviceError) as error:
+            log.info("%s: its reference is not kept: %s", self.path, one_line(error))
+        return feeds, computed or self._answers(feeds, stream)
+
+    def _answers(self, feeds: Mapping[str, Array], stream: int) -> list[Array]:
+        session = self._open(self.path, session_options(), stream, graphs=False, usual_layout=True)
+        return list(session.run(None, dict(feeds)))
 
     def _open_shared(
         self, path: Path, weights: SharedWeights, stream: int, graphs: bool
@@ -166,11 +195,20 @@ class Sessions:
         return self._open(path, options, stream, graphs)
 
     def _open(
-        self, path: Path, options: ort.SessionOptions, stream: int, graphs: bool
+        self,
+        path: Path,
+        options: ort.SessionOptions,
+        stream: int,
+        graphs: bool,
+        *,
+        usual_layout: bool = False,
     ) -> ort.InferenceSession:
         options.intra_op_num_threads = 1  # nodes on the CPU are few and small
         options.enable_mem_pattern = False  # what the first run took would lie beside what the pattern takes
-        return open_onnx(path, [(self.provider, self._provider_options(stream, graphs))], options)
+        provider_options = self._provider_options(stream, graphs)
+        if usual_layout:
+            provider_options["prefer_nhwc"] = 0
+        return open_onnx(path, [(self.provider, provider_options)], options)
 
     def _provider_options(self, stream: int, graphs: bool) -> dict[str, Any]:
         found: dict[str, Any] = {

@@ -172,6 +172,13 @@ class Shelf:
 
     # On demand
 
+    def defer(self, keys: Sequence[Key]) -> None:
+        """Have the programs made in the background, to be kept as those of prepare() are."""
+        with self._lock:
+            self._kept.update(keys)
+        for mask, size in keys:
+            self.wish(mask, size)
+
     def wish(self, mask: int, size: int) -> None:
         """Have a program made in the background, where one can be had."""
         key = mask, size

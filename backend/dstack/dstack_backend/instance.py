@@ -27,6 +27,7 @@ from dstack_backend.signature import Completion, check_config, complete, is_comp
 from dstack_backend.staging import Staging
 from dstack_backend.stats import Stats, Window
 
+WARM_UP_S = 3.0  # before an instance is ready; where cuDNN compiles for each batch size, some follow later
 EXIT_LOST = 70  # the process ends because its device is gone; Triton sees a dead stub
 
 log = logging.getLogger("dstack")
@@ -147,7 +148,7 @@ def warm_up(session: Session, settings: Settings) -> None:
     if isinstance(session, CpuSession):
         _warm_cpu(session, settings)
     else:
-        session.warm_up(ladder(settings.batch_size))
+        session.warm_up(ladder(settings.batch_size), within_s=WARM_UP_S)
 
 
 def _warm_cpu(session: CpuSession, settings: Settings) -> None:

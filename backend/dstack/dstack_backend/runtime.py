@@ -9,6 +9,7 @@ What the provider cannot do is an error; there is no silent fallback from CUDA t
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -142,7 +143,7 @@ class CpuSession(TwoPhases):
             raise RunError(one_line(error)) from error
         return staged
 
-    def warm_up(self, batch_sizes: Sequence[int]) -> None:
+    def warm_up(self, batch_sizes: Sequence[int], within_s: float = math.inf) -> None:
         """Nothing to prepare: the CPU provider plans for any shape."""
 
     def forget(self) -> None:

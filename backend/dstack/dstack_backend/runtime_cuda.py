@@ -12,8 +12,11 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import logging
+import math
 import os
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,8 +33,8 @@ from dstack_backend.cuda_levels import Levels
 from dstack_backend.cuda_pace import Finish
 from dstack_backend.cuda_plain import PlainBatch, PlainPath
 from dstack_backend.cuda_programs import Program
-from dstack_backend.cuda_sessions import TRIAL_ROWS, CudaOptions, Form, Sessions, form_of, samples, shape_of
-from dstack_backend.cuda_shelf import Shelf
+from dstack_backend.cuda_sessions import TRIAL_ROWS, CudaOptions, Form, Sessions, form_of, shape_of
+from dstack_backend.cuda_shelf import Key, Shelf
 from dstack_backend.cuda_slots import Leaving, Slots, lifted, row_bytes, rows_of
 from dstack_backend.errors import DeviceError, DeviceLostError, ModelError, RunError
 from dstack_backend.optimized import Cache
@@ -39,6 +42,8 @@ from dstack_backend.runtime import specs_of
 from dstack_backend.session import Running, Staged, TwoPhases
 from dstack_backend.staging import aligned
 from dstack_backend.tensors import Array, Feed
+
+log = logging.getLogger("dstack")
 
 # Copies of a batch this small may take the compute stream while nothing else is under way: a batch that is
 # launched behind it waits for no more than some microseconds.
@@ -151,12 +156,24 @@ class CudaSession(TwoPhases):
 
     # Preparing
 
-    def warm_up(self, batch_sizes: Sequence[int]) -> None:
-        """Make the programs of these batch sizes, at every level; of fixed shapes there is but one. Raises
-        DeviceLostError."""
+    def warm_up(self, batch_sizes: Sequence[int], within_s: float = math.inf) -> None:
+        """As Session.warm_up: make the programs of these batch sizes, at every level; of fixed shapes there
+        is but one. Raises DeviceLostError."""
         sizes = sorted({1 if self._form.whole else size for size in batch_sizes if size > 0})
-        self._shelf.prepare([(mask, size) for mask in self._levels.homes for size in sizes])
+        began_s = time.monotonic()
+        first, rest = sizes, []
+        if within_s < math.inf and not self._sessions.options.memory_limit_bytes:
+            first, rest = [*sizes[:1], *sizes[1:][-1:]], sizes[1:-1]
+        self._shelf.prepare(self._keys(first))
+        if time.monotonic() - began_s <= within_s:
+            self._shelf.prepare(self._keys(rest))
+        elif rest:
+            log.info("%s: batch sizes %s follow while it serves", self._sessions.path, str(rest)[1:-1])
+            self._shelf.defer(self._keys(rest))
         self._slots.capacity = max([self._slots.capacity, *self._shelf.sizes])
+
+    def _keys(self, sizes: Sequence[int]) -> list[Key]:
+        return [(mask, size) for mask in self._levels.homes for size in sizes]
 
     def forget(self) -> None:
         """Drop the programs; warm_up() makes them again. Only while nothing is under way."""
@@ -180,8 +197,7 @@ class CudaSession(TwoPhases):
 
     def _refer(self) -> tuple[dict[str, Array], list[Array]]:
         rows = 1 if self._form.whole else TRIAL_ROWS
-        feeds = samples(self.inputs, rows, seed=rows)
-        answers = self._plain.run(feeds, self._names, trial=True)
+        feeds, answers = self._sessions.reference(self.inputs, rows, self._plain_stream)
         for answer, spec in zip(answers, self.outputs, strict=True):
             if answer.shape != shape_of(spec, rows):
                 raise ModelError(f"output {spec.name!r} has not a row for each row of the batch")

@@ -11,6 +11,7 @@ running.close()                                 # the memory is free for another
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -131,8 +132,12 @@ class Session(Protocol):
         """stage, launch and wait in a row. The arrays returned are the caller's own."""
         ...
 
-    def warm_up(self, batch_sizes: Sequence[int]) -> None:
-        """Prepare the device for these batch sizes; others are padded up to the next one of them."""
+    def warm_up(self, batch_sizes: Sequence[int], within_s: float = math.inf) -> None:
+        """Prepare the device for these batch sizes; others are padded up to the next one of them.
+
+        within_s: where the smallest and the largest have taken longer, those between follow in the
+        background, and batches are padded up further until then.
+        """
         ...
 
     def forget(self) -> None:
