@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import TimeoutError as TooLong
 from dataclasses import replace
 from typing import Any
@@ -20,6 +20,7 @@ from compare.study import ATTAINMENT, SEED, Study, best_trial, point, search_fig
 from dstack_sched.app.arbiter_plans import arbiter_form
 from dstack_sched.app.bench import BenchOptions
 from dstack_sched.domain.workload import OnLate, Workload
+from dstack_sched.errors import MachineError, ServerError
 from report import commit, now
 
 CURVE_LOADS = (0.5, 0.8, 1.2, 1.5)  # of the alternative's own peak; the peak itself is measured anyway
@@ -27,6 +28,7 @@ AGAIN_STEP = 1.1  # of a repeat, whose peak is about known
 TAIL_S = 0.3  # perf_analyzers start late, so they end late: little load is needed behind the window
 OVERHEAD_S = 1.5  # of a trial: perf_analyzer's start and end, reading its export
 SOLO_S = 1.0
+PATIENCE_S = 15.0  # a backlog of several times the trial's length is gone by then
 GUESS_LIMIT_S = 30.0
 BLIND_GUESS_PER_S = 500.0
 
@@ -40,6 +42,7 @@ class CellRun:
         self._expected: Solo = study.planner.expected_solo(cell, study.solo_ms)
         self._fleet = Fleet(site, len(cell.models), self._served, study.say)
         self._guesses: dict[str, float] = {}
+        self._static: dict[str, Served] = {}  # what best-static is to be deployed as
         options = study.options
         self.trial_s: float = options.warmup_s + options.seconds + TAIL_S + OVERHEAD_S
         self.blind_s = 3 * self.trial_s  # less than this is no time to begin a search in
@@ -107,15 +110,31 @@ class CellRun:
 
     # -- load ----------------------------------------------------------------------------------------------
 
-    def _trial(
-        self, deployment: Deployment, alternative: Alternative, rate_per_s: float, repeat: int
-    ) -> Trial:
+    def _deployed(self, alternative: Alternative) -> Deployment:
+        """The alternative's server, in its hands."""
+        deployment = self._fleet.get(alternative)
+        if alternative.shares == "searched" and self._static:
+            deployment.change(self._static)
+        deployment.use(alternative)
+        return deployment
+
+    def _trial(self, alternative: Alternative, rate_per_s: float, repeat: int) -> Trial:
+        """One stretch of load. Where requests are not answered within PATIENCE_S, nothing is known of it but
+        that it did not hold; the server is started anew."""
         study, cell, options = self._study, self._cell, self._study.options
+        deployment = self._deployed(alternative)
         workload = cell.workload(self._solo, rate_per_s, OnLate.SERVE)  # perf_analyzer ends at a rejection
         if alternative.policy is not None:
             self._tell(deployment, alternative, workload, rate_per_s)
-        bench = BenchOptions(options.seconds, options.warmup_s, SEED + repeat, tail_s=TAIL_S)
-        trial = deployment.trial(cell, workload, bench, repeat)
+        bench = BenchOptions(
+            options.seconds, options.warmup_s, SEED + repeat, tail_s=TAIL_S, patience_s=PATIENCE_S
+        )
+        try:
+            trial = deployment.trial(cell, workload, bench, repeat)
+        except (MachineError, ServerError) as error:
+            study.problem(f"{cell.key} {alternative.name} at {rate_per_s:.0f}/s", error)
+            self._fleet.drop(alternative)
+            return Trial(rate_per_s, 0.0, 0.0)
         study.say(
             f"  {cell.key} {alternative.name}: {rate_per_s:7.0f}/s -> worst attainment "
             f"{trial.attainment:.3f}, goodput {trial.goodput_per_s:.0f}/s"
@@ -161,19 +180,17 @@ class CellRun:
         """One search of the peak. The first one of best-static searches its shares before."""
         study, cell = self._study, self._cell
         known = study.find(cell, alternative)
+        guess = known["peak_per_s"] if known else 0.0
         if alternative.shares == "searched":
-            deployment = self._search_static(alternative, repeat)
-            guess = study.searches[cell.key]["peak_per_s"] if known is None else known["peak_per_s"]
-        else:
-            deployment = self._fleet.get(alternative)
-            guess = known["peak_per_s"] if known else self._guess(alternative)
-        deployment.use(alternative)
+            self._search_static(alternative, repeat)
+            guess = guess or study.searches[cell.key]["peak_per_s"]
+        deployment = self._deployed(alternative)
         guess = guess or self._guess(alternative)
         if alternative.policy is not None:
             study.planner.prepare_plans(cell, self._expected, alternative, guess)
         began = time.monotonic()
         found = find_peak(
-            lambda rate: self._trial(deployment, alternative, rate, repeat), guess, wanted=ATTAINMENT,
+            lambda rate: self._trial(alternative, rate, repeat), guess, wanted=ATTAINMENT,
             tolerance=study.options.tolerance, step=AGAIN_STEP if known else 1.25, left_s=study.left_s,
             trial_s=self.trial_s,
         )  # fmt: skip
@@ -185,7 +202,7 @@ class CellRun:
         result["peak_per_s"] = round(statistics.mean(peaks), 1)
         result["at_peak"] = best_trial(found) or result["at_peak"]
         if known is None:
-            points = [point(trial) for trial in found.trials]
+            points = [point(trial) for trial in found.trials if trial.figures]
             result["goodput_curve"] = sorted(points, key=lambda each: each["offered_per_s"])
         result["measure_s"] = round(result["measure_s"] + time.monotonic() - began, 1)
         if alternative.policy is not None:
@@ -209,12 +226,10 @@ class CellRun:
             "measure_s": 0.0, "server_start_s": round(deployment.start_s, 1),
         }  # fmt: skip
 
-    def _search_static(self, alternative: Alternative, repeat: int) -> Deployment:
-        """The server with the best fixed shares that were found, more of them tried before where there is
-        time for it."""
+    def _search_static(self, alternative: Alternative, repeat: int) -> None:
+        """Find the best fixed shares, as far as the time for it goes, before the first repeat."""
         study, cell = self._study, self._cell
-        deployment = self._fleet.get(alternative)
-        deployment.use(alternative)
+        deployment = self._deployed(alternative)
         search = StaticSearch()
         if cell.key in study.searches:
             search = StaticSearch.from_json(study.searches[cell.key])
@@ -227,17 +242,18 @@ class CellRun:
                 study.write()
 
             search.run(
-                self._served(alternative), deployment.change,
-                lambda rate: self._trial(deployment, alternative, rate, 0),
+                self._served(alternative), self._use_static,
+                lambda rate: self._trial(alternative, rate, 0),
                 wanted=ATTAINMENT, start_per_s=planned["peak_per_s"] if planned else 0.0,
                 left_s=lambda: min(until - time.monotonic(), study.left_s() - self.blind_s),
                 candidate_s=deployment.start_s / 2 + self.trial_s, trial_s=self.trial_s,
                 say=lambda text: study.say(f"{cell.key} {alternative.name}: {text}"), keep=keep,
             )  # fmt: skip
             keep()
-        if search.shares:
-            deployment.change(search.shares)
-        return deployment
+        self._static = dict(search.shares)
+
+    def _use_static(self, shares: Mapping[str, Served]) -> None:
+        self._static = dict(shares)
 
     def _curve(self, alternative: Alternative) -> None:
         """Goodput at fixed shares of the alternative's own peak."""
@@ -246,19 +262,16 @@ class CellRun:
         if known is None or known["curve_done"] or not known["peak_per_s"]:
             return
         if alternative.shares == "searched":
-            deployment = self._search_static(alternative, 1)
-        else:
-            deployment = self._fleet.get(alternative)
-        deployment.use(alternative)
+            self._search_static(alternative, 1)
         result = dict(known)
         for load in CURVE_LOADS:
             if study.left_s() < self.trial_s:
                 return
-            trial = self._trial(deployment, alternative, load * known["peak_per_s"], 0)
-            curve = [*result["goodput_curve"], point(trial)]
-            result["goodput_curve"] = sorted(curve, key=lambda each: each["offered_per_s"])
-            if load == CURVE_LOADS[-1]:
-                result["curve_done"] = True
+            trial = self._trial(alternative, load * known["peak_per_s"], 0)
+            result["curve_done"] = load == CURVE_LOADS[-1]
+            if trial.figures:
+                curve = [*result["goodput_curve"], point(trial)]
+                result["goodput_curve"] = sorted(curve, key=lambda each: each["offered_per_s"])
                 result["saturated"] = {
                     "load": load, "jain_fairness": trial.figures["jain_fairness"],
                     "gpu": trial.figures["gpu"],

@@ -172,10 +172,8 @@ class Deployment:
         assert self._load is not None
         recorder = Recorder(self._load)
         batches: list[list[Any]] = []
-        slice_end_s: list[float] = []
 
         def read_batches() -> None:
-            slice_end_s.append(time.time())
             if self.arbiter_runs:
                 batches.extend(self._batches())
 
@@ -187,8 +185,8 @@ class Deployment:
             workload, recorder, self._renamed, SystemClock(), options, watch.start, arrivals_of(cell, repeat)
         )
         watch.join()
-        trial = trial_of(result, recorder.traces, watch.figures)
-        end_s = slice_end_s[0]
+        trial = trial_of(result, recorder.traces, watch.window_s, watch.figures)
+        end_s = watch.window_s[1]
         trial.figures["timeline"] = {
             "seconds": SLICE_S,
             "requests": spans(recorder.traces, end_s - SLICE_S, end_s),

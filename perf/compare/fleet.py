@@ -1,12 +1,12 @@
 """The servers of a cell: started together, idle while another one is measured.
 
 An idle server costs GPU memory and nothing else: its processes launch no kernels. Starting them together
-takes as long as the slowest, which saves most of a cell's time.
+takes as long as the slowest, which saves much of a cell's time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -47,14 +47,19 @@ class Fleet:
         self._open.clear()
 
     def open(self, alternatives: Iterable[Alternative]) -> None:
-        """Start the servers of as many alternatives as there is room for, together. One that fails is told
-        when it is asked for."""
+        """Start the servers of as many alternatives as there is room for: the first one by itself (what the
+        backend tries out about a model is then in its cache, for all alike), the others together. One that
+        fails is told when it is asked for."""
         wanted: dict[tuple[object, ...], Alternative] = {}
         for each in alternatives:
             if each.server not in self._open:
                 wanted.setdefault(each.server, each)
         room = max(1, MOST_PROCESSES // self._models - len(self._open))
         chosen = list(wanted.items())[:room]
+        self._start_together(chosen[:1])
+        self._start_together(chosen[1:])
+
+    def _start_together(self, chosen: Sequence[tuple[tuple[object, ...], Alternative]]) -> None:
         sites = [self._next_site(each) for _, each in chosen]
         with ThreadPoolExecutor(max(1, len(chosen))) as pool:
             started = [
@@ -80,6 +85,12 @@ class Fleet:
             self._open[key] = self._start(self._next_site(alternative), alternative)
             self._say(f"{alternative.name}: server ready after {self._open[key].start_s:.1f} s")
         return self._open[key]
+
+    def drop(self, alternative: Alternative) -> None:
+        """Stop the server of an alternative: something is wrong with it. The next `get` starts another."""
+        deployment = self._open.pop(alternative.server, None)
+        if deployment is not None:
+            deployment.close()
 
     def _make_room(self) -> None:
         free = self._site.nvml.free_bytes()

@@ -112,12 +112,14 @@ class GpuWatch(threading.Thread):
     ) -> None:
         super().__init__(name="gpu-watch", daemon=True)
         self.figures: dict[str, float] = {}
+        self.window_s = (0.0, 0.0)  # the stretch, wall-clock
         self._nvml, self._delay_s, self._seconds = nvml, delay_s, seconds
         self._granted, self._at_end = granted, at_end
 
     def run(self) -> None:
         nvml = self._nvml
         time.sleep(self._delay_s)
+        began_s = time.time()
         started_s, energy_mj, sample = time.monotonic(), nvml.energy_mj(), nvml.sample()
         granted = self._granted() if self._granted else None
         coarse: list[float] = []
@@ -127,6 +129,7 @@ class GpuWatch(threading.Thread):
             coarse += [value for value in [nvml.coarse()] if value is not None]
             clocks += [float(value) for value in [nvml.sm_clock_mhz()] if value is not None]
         seconds = time.monotonic() - started_s
+        self.window_s = (began_s, time.time())
         found = self.figures
         found["seconds"] = seconds
         found |= nvml.gpm(sample, nvml.sample())

@@ -145,7 +145,7 @@ def at_peak_rows(document: Mapping[str, Any]) -> Iterable[list[str]]:
             number(gpu.get("dram_bandwidth"), ".0%"),
             "" if granted is None else f"{granted:.0f}%", number(gpu.get("power_w")),
             number(figures.get("energy_mj_per_inference")), number(figures.get("jain_fairness"), ".3f"),
-            number(each.get("saturated", {}).get("jain_fairness"), ".3f"),
+            number(each.get("saturated", {}).get("jain_fairness") if each.get("curve_done") else None, ".3f"),
         ]  # fmt: skip
 
 

@@ -115,7 +115,7 @@ def targets(document: Mapping[str, Any]) -> list[Target]:
     fair = {
         key: cell[OURS]["saturated"]["jain_fairness"]
         for key, cell in cells.items()
-        if OURS in cell and "saturated" in cell[OURS]
+        if OURS in cell and cell[OURS].get("curve_done") and "saturated" in cell[OURS]
     }
     errors = {f"{k} {p}": a / b for (k, p), (a, b) in predictions(cells).items()}
     off = prediction_error(predictions(cells))

@@ -52,14 +52,13 @@ def spans(traces: Traces, since_s: float, until_s: float) -> dict[str, list[list
     return found
 
 
-def served_share(parts: Sequence[LoadTrace]) -> float | None:
-    """Answers over requests, both within the time in which requests were sent: what of the offered rate a
-    model is served. None without requests."""
-    sent = np.concatenate([part.sent_s for part in parts])
-    if not sent.size:
-        return None
-    done = sent + np.concatenate([part.latency_ms for part in parts]) / 1e3
-    return float((done <= sent.max()).sum() / sent.size)
+def served_share(sent_s: np.ndarray, latency_ms: np.ndarray, window_s: tuple[float, float]) -> float | None:
+    """Answers over requests, both within the window: what of the offered rate a model is served. None without
+    requests."""
+    since_s, until_s = window_s
+    done_s = sent_s + latency_ms / 1e3
+    offered = ((sent_s >= since_s) & (sent_s < until_s)).sum()
+    return float(((done_s >= since_s) & (done_s < until_s)).sum() / offered) if offered else None
 
 
 def quantiles(latency_ms: np.ndarray) -> list[float]:
@@ -69,19 +68,24 @@ def quantiles(latency_ms: np.ndarray) -> list[float]:
     return [round(float(value), 3) for value in np.percentile(latency_ms, CDF_PERCENTS)]
 
 
-def trial_of(result: BenchResult, traces: Traces, gpu: Mapping[str, float]) -> Trial:
-    """The figures of a stretch: by model, and of the worst of them. Errors: ServerError, no load measured."""
+def trial_of(
+    result: BenchResult, traces: Traces, window_s: tuple[float, float], gpu: Mapping[str, float]
+) -> Trial:
+    """The figures of a stretch: by model, and of the worst of them. window_s: the stretch in wall-clock
+    seconds. Errors: ServerError, no load measured."""
     models = {}
     for name, each in result.models.items():
         if each.slo_attainment is None:
             raise ServerError(f"{name}: the load could not be measured ({each.requests} requests)")
+        sent_s = np.concatenate([part.sent_s for part in traces[name]])
         latency_ms = np.concatenate([part.latency_ms for part in traces[name]])
+        inside = (sent_s >= window_s[0]) & (sent_s < window_s[1])
         models[name] = {
             "rate_per_s": round(each.rate_per_s, 2), "requests": each.requests, "failed": each.failed,
             "p50_ms": each.latency_ms_p50, "p99_ms": each.latency_ms_p99,
             "attainment": each.slo_attainment, "goodput_per_s": round(each.goodput_per_s, 2),
-            "served_share": served_share(traces[name]),
-            "cdf_ms": quantiles(latency_ms),
+            "served_share": served_share(sent_s, latency_ms, window_s),
+            "cdf_ms": quantiles(latency_ms[inside]),
             "send_lag_ms_p99": each.send_lag_ms_p99,
         }  # fmt: skip
     shares = [float(each["served_share"] or 0.0) for each in models.values()]

@@ -43,13 +43,15 @@ class LoadGenerator(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class BenchOptions:
-    """seconds: the measured window; warmup_s: before it, tail_s: behind it; scale: a factor on all rates."""
+    """seconds: the measured window; warmup_s: before it, tail_s: behind it; scale: a factor on all rates;
+    patience_s: how long after the schedule's end answers are waited for."""
 
     seconds: float = 20.0
     warmup_s: float = 2.0
     seed: int = 1
     scale: float = 1.0
     tail_s: float = TAIL_S
+    patience_s: float = PATIENCE_S
 
     def __post_init__(self) -> None:
         if self.seconds <= 0 or self.warmup_s < 0 or self.scale <= 0:
@@ -104,7 +106,9 @@ def run_bench(
     with ThreadPoolExecutor(max(1, len(loaded))) as pool:
         begin_s = clock.wall_time_s()
         stretches = {
-            demand.name: _Stretches(demand.name, schedules[demand.name], generator, clock, begin_s)
+            demand.name: _Stretches(
+                demand.name, schedules[demand.name], generator, clock, begin_s, options.patience_s
+            )
             for demand in loaded
         }
         waiting = {name: pool.submit(each.finish) for name, each in stretches.items()}
@@ -136,13 +140,20 @@ class _Stretches:
     that failed by itself is replaced in the same way."""
 
     def __init__(
-        self, model: str, schedule_s: np.ndarray, generator: LoadGenerator, clock: Clock, begin_s: float
+        self,
+        model: str,
+        schedule_s: np.ndarray,
+        generator: LoadGenerator,
+        clock: Clock,
+        begin_s: float,
+        patience_s: float,
     ) -> None:
         self._model = model
         self._schedule_s = schedule_s
         self._generator = generator
         self._clock = clock
         self._begin_s = begin_s
+        self._patience_s = patience_s
         self._run: LoadRun | None = self._start_rest()
 
     def _start_rest(self) -> LoadRun | None:
@@ -158,7 +169,7 @@ class _Stretches:
         parts: list[LoadTrace] = []
         while self._run is not None and len(parts) < MAX_STRETCHES:
             left_s = self._begin_s + float(self._schedule_s[-1]) - self._clock.wall_time_s()
-            parts.append(self._run.wait(max(0.0, left_s) + PATIENCE_S))
+            parts.append(self._run.wait(max(0.0, left_s) + self._patience_s))
             self._run = self._start_rest() if parts[-1].error else None
         return parts
 
