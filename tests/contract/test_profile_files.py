@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import pytest
 
 from dstack_sched.adapters.profile_files import (
     check_device,
-    check_model,
+    check_models,
     parse_profiles,
     read_profile_file,
     read_profiles,
@@ -215,9 +214,12 @@ def test_noise_below_the_tolerance_is_no_error(document: dict[str, Any]) -> None
 
 def test_another_device_or_model_is_refused(document: dict[str, Any]) -> None:
     profiles = parse(document).profiles
-    check_device(profiles, replace(profiles.device, driver="590", runtime="newer"), "p.json")
-    with pytest.raises(InputError, match=r"p\.json: measured on NVIDIA H100.*this device is L4 \(58 SMs\)"):
-        check_device(profiles, replace(profiles.device, name="L4", sms=58), "p.json")
-    check_model(profiles.models["vgg19"], "cd" * 32, "p.json")
-    with pytest.raises(InputError, match=r"p\.json: resnet50: measured with model abab.*profile it again"):
-        check_model(profiles.models["resnet50"], "cd" * 32, "p.json")
+    check_device(profiles, profiles.device.name, "p.json")
+    with pytest.raises(InputError, match=r"p\.json: measured on NVIDIA H100.*the plan is for L4; profile on"):
+        check_device(profiles, "L4", "p.json")
+    check_models(profiles, {"vgg19": "cd" * 32, "unknown": "cd" * 32}, "p.json")
+    check_models(profiles, {"resnet50": profiles.models["resnet50"].sha256}, "p.json")
+    with pytest.raises(
+        InputError, match=r"p\.json: resnet50 was measured with another model file.*profile it"
+    ):
+        check_models(profiles, {"resnet50": "cd" * 32}, "p.json")

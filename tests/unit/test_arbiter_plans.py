@@ -7,12 +7,11 @@ from typing import Any
 import pytest
 
 from dstack_sched.app.arbiter_plans import send_plans
-from dstack_sched.cli.deployment import check_profiles, demand_of
+from dstack_sched.cli.deployment import demand_of
 from dstack_sched.domain.json_form import CPU_INDEX, gpus_from_json
 from dstack_sched.domain.plan import ModelPlan, Plan, Replica
 from dstack_sched.domain.profile import Device, ModelProfile, ProfilePoint, ProfileSet
 from dstack_sched.domain.workload import OnLate
-from dstack_sched.errors import InputError
 
 
 class RecordingArbiter:
@@ -79,13 +78,3 @@ def test_a_model_without_a_profile_is_sent_without_a_table() -> None:
     send_plans(arbiter, wanted, ProfileSet(device("580"), {}), demand_of(wanted))
     (model,) = gpus_from_json(arbiter.requests[0][1]["gpus"])[0].models
     assert model.latency_ms == ()
-
-
-def test_profiles_must_be_of_the_device_and_the_model(tmp_path) -> None:
-    known = ProfileSet(device("cpu"), {"a": profile("a")})
-    check_profiles(known, plan(0), {"a": "0" * 64}, tmp_path / "p.json")
-    with pytest.raises(InputError, match=r"p.json: a was measured with another model file"):
-        check_profiles(known, plan(0), {"a": "1" * 64}, tmp_path / "p.json")
-    other = Plan(100.0, ("another",), {}, True, (), 1.0)
-    with pytest.raises(InputError, match=r"measured on thing, the plan is for another"):
-        check_profiles(known, other, {}, tmp_path / "p.json")

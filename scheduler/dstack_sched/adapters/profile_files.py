@@ -154,23 +154,27 @@ def check_points(points: Sequence[ProfilePoint], where: str) -> None:
         )
 
 
-def check_device(profiles: ProfileSet, device: Device, source: str) -> None:
-    """Refuse profiles of another device: latencies do not carry over. Errors: InputError."""
-    there, here = profiles.device, device
-    if (there.name, there.sms) != (here.name, here.sms):
+def check_device(profiles: ProfileSet, served_on: str, source: str) -> None:
+    """Refuse profiles of another device than that: latencies do not carry over. Errors: InputError."""
+    if profiles.device.name != served_on:
         raise InputError(
-            f"{source}: measured on {there.name} ({there.sms} SMs), this device is {here.name}"
-            f" ({here.sms} SMs); profile on this device"
+            f"{source}: measured on {profiles.device.name}, the plan is for {served_on};"
+            " profile on the device that serves"
         )
 
 
-def check_model(profile: ModelProfile, sha256: str, source: str) -> None:
-    """Refuse a profile of other weights or another graph (one without a hash passes). Errors: InputError."""
-    if profile.sha256 and profile.sha256 != sha256:
-        raise InputError(
-            f"{source}: {profile.name}: measured with model {profile.sha256[:12]}, the model file is"
-            f" {sha256[:12]}; profile it again"
-        )
+def check_models(profiles: ProfileSet, hashes: Mapping[str, str], source: str) -> None:
+    """Refuse profiles of other weights or another graph than the model served (one without a hash passes).
+
+    hashes: model -> sha256 of the file that is served. Errors: InputError.
+    """
+    for model, sha256 in hashes.items():
+        profile = profiles.models.get(model)
+        if profile is not None and profile.sha256 and profile.sha256 != sha256:
+            raise InputError(
+                f"{source}: {model} was measured with another model file (sha256 {profile.sha256[:12]}...,"
+                f" served: {sha256[:12]}...); profile it again"
+            )
 
 
 def profiles_json(profiles: ProfileSet) -> dict[str, Any]:

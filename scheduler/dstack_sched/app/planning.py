@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from dataclasses import replace
 
+from dstack_sched.app.plan_case import (
+    DEFAULT_OPTIONS,
+    Case,
+    Objective,
+    PlanOptions,
+    gpu_index,
+    gpu_names,
+    make_case,
+    notes,
+)
 from dstack_sched.app.planning_host import plan_on_host
-from dstack_sched.domain.gpu import HostGpus, mps_client_limit
 from dstack_sched.domain.plan import ModelPlan, Plan, Replica
-from dstack_sched.domain.profile import Device, ProfileSet
-from dstack_sched.domain.workload import ModelDemand, Workload
+from dstack_sched.domain.profile import ProfileSet
+from dstack_sched.domain.workload import Workload
 from dstack_sched.errors import InfeasibleError, InputError
 from dstack_sched.policy.batch_program import assembly_ms, efficacy, slo_too_short, solve_batch_program
 from dstack_sched.policy.candidates import Candidate, JointTask, candidate
-from dstack_sched.policy.interference import Interference, fit_interference, measured_capacity_percent
 from dstack_sched.policy.joint_program import (
     JointPlan,
-    JointSetting,
     Placed,
     Scale,
     fewest_gpus,
@@ -28,68 +33,14 @@ from dstack_sched.policy.joint_program import (
 )
 from dstack_sched.policy.joint_rows import slots_in_force
 from dstack_sched.policy.knee import knee_percent
-from dstack_sched.policy.latency import LatencySurface
-from dstack_sched.policy.runnable import CPU_DRIVER, RunnableGrid, runnable_grid
+from dstack_sched.policy.runnable import CPU_DRIVER, RunnableGrid
 
-CPU_INDEX = -1
+__all__ = ["Objective", "PlanOptions", "better_on_cores", "explain_plan", "make_plan"]
+
 BETTER_ON_CORES = 1.1  # headroom over that of one instance a model: instances cost memory and a start
-_JOINT_STEP_PERCENT = 5
-
-Objective = Literal["demand", "efficacy"]
 
 
-@dataclass(frozen=True, slots=True)
-class PlanOptions:
-    """How to plan.
-
-    gpus: of the profiled kind (with minimize_gpus: at most so many). host: the GPUs that there are, in place
-    of `gpus`; current: where the models run now, so that they stay there if they can. capacity_percent: what
-    may be promised at once; None: the measured oversubscription, at least 100. objective "efficacy" takes
-    each model's batch program alone and only places the results. time_limit_s: for each integer program.
-    memory_limits: bound each instance's GPU memory, with room above what was measured. memory_bytes: of
-    each GPU, None: all of the profiled device's. clients_of_others: MPS clients not ours, on each GPU.
-    held: model -> (GPU%, instances) that stay as they are. lenient: an SLO below the fastest run makes a
-    plan that does not fit, no error.
-    """
-
-    objective: Objective = "demand"
-    gpus: int = 1
-    minimize_gpus: bool = False
-    maximize_headroom: bool = False
-    capacity_percent: float | None = None
-    time_limit_s: float = 2.0
-    host: HostGpus | None = None
-    current: Mapping[str, Collection[int]] = field(default_factory=dict)
-    memory_limits: bool = False
-    memory_bytes: int | None = None
-    clients_of_others: int = 0
-    held: Mapping[str, tuple[float, int]] = field(default_factory=dict)
-    lenient: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class _Case:
-    """Everything a plan is made from."""
-
-    device: Device
-    demands: Mapping[str, ModelDemand]
-    tasks: tuple[JointTask, ...]
-    interference: Interference
-    capacities: tuple[float, ...]
-    options: PlanOptions
-
-    def setting(self) -> JointSetting:
-        return JointSetting(
-            gpus=self.options.gpus,
-            memory_bytes=min(self.device.memory_bytes, self.options.memory_bytes or self.device.memory_bytes),
-            interference=self.interference,
-            capacities=self.capacities,
-            max_clients=max(1, mps_client_limit(self.device.driver) - self.options.clients_of_others),
-            time_limit_s=self.options.time_limit_s,
-        )
-
-
-def make_plan(profiles: ProfileSet, workload: Workload, options: PlanOptions = PlanOptions()) -> Plan:
+def make_plan(profiles: ProfileSet, workload: Workload, options: PlanOptions = DEFAULT_OPTIONS) -> Plan:
     """The plan for the workload; one that does not fit gives a plan with feasible False (domain/plan.py).
 
     Errors: InputError for a model without a profile, an SLO below its fastest run, or an option out of range.
@@ -108,7 +59,7 @@ def make_plan(profiles: ProfileSet, workload: Workload, options: PlanOptions = P
             profiles.device.name,
             options.current,
         )
-    case = _case(profiles, workload, options)
+    case = make_case(profiles, workload, options)
     for task in case.tasks:
         fastest = float(task.surface.latency_ms(task.grid.percents[-1], task.grid.batches[0]))
         if task.slo_ms is not None and fastest > task.slo_ms and not options.lenient:
@@ -120,7 +71,7 @@ def make_plan(profiles: ProfileSet, workload: Workload, options: PlanOptions = P
     return better_on_cores(_joint_plan(case), case)
 
 
-def better_on_cores(whole: Plan, case: _Case) -> Plan:
+def better_on_cores(whole: Plan, case: Case) -> Plan:
     """On a CPU: instances of one thread each, more than one of a model where it pays; else the plan given.
 
     Threads of one batch wait for each other and instances do not, so several instances of a model serve
@@ -143,60 +94,7 @@ def better_on_cores(whole: Plan, case: _Case) -> Plan:
     return replace(found, capacity_percent=one * cores)
 
 
-def _case(profiles: ProfileSet, workload: Workload, options: PlanOptions) -> _Case:
-    if options.gpus < 1:
-        raise InputError(f"--gpus is {options.gpus}; at least 1 is wanted")
-    if options.minimize_gpus and options.maximize_headroom:
-        raise InputError("--minimize gpus and --maximize headroom are two goals; name one")
-    if options.objective == "efficacy" and (options.minimize_gpus or options.maximize_headroom):
-        raise InputError(
-            "--objective efficacy plans each model by itself; leave --minimize and --maximize out"
-        )
-    if options.capacity_percent is not None and not 0 < options.capacity_percent < math.inf:
-        raise InputError(f"--capacity is {options.capacity_percent:g}; a percentage above 0 is wanted")
-    if not workload.models:
-        raise InputError("the workload has no models")
-    cpu = profiles.device.driver == CPU_DRIVER
-    if cpu and options.gpus > 1:
-        raise InputError(f"--gpus is {options.gpus}, but the profiles are of a CPU ({profiles.device.name})")
-    for demand in workload.models:
-        if demand.name not in profiles.models:
-            known = ", ".join(sorted(profiles.models))
-            raise InputError(
-                f"{demand.name}: no profile; the profiles hold {known}; run `dstackctl profile {demand.name}`"
-            )
-    surfaces = {d.name: LatencySurface.from_profile(profiles.models[d.name]) for d in workload.models}
-    others = {n: LatencySurface.from_profile(p) for n, p in profiles.models.items() if n not in surfaces}
-    tasks = tuple(
-        JointTask(
-            surface=surfaces[d.name],
-            slo_ms=d.slo_ms,
-            rate_per_s=d.rate_per_s,
-            weight=d.weight,
-            memory_bytes=profiles.models[d.name].memory_bytes,
-            grid=runnable_grid(
-                surfaces[d.name],
-                profiles.device,
-                step_percent=1 if options.objective == "efficacy" else _JOINT_STEP_PERCENT,
-                held_percent=options.held[d.name][0] if d.name in options.held else None,
-            ),
-            replicas=options.held[d.name][1] if d.name in options.held else None,
-        )
-        for d in workload.models
-    )
-    measured = 100.0 if cpu else measured_capacity_percent(profiles.corun)
-    top = measured if options.capacity_percent is None else options.capacity_percent
-    return _Case(
-        device=profiles.device,
-        demands={d.name: d for d in workload.models},
-        tasks=tasks,
-        interference=fit_interference({**others, **surfaces}, profiles.corun),
-        capacities=tuple(sorted({100.0, top})) if top > 100 else (top,),
-        options=options,
-    )
-
-
-def _joint_plan(case: _Case) -> Plan:
+def _joint_plan(case: Case) -> Plan:
     setting = case.setting()
     plan: JointPlan | None
     if case.options.minimize_gpus:
@@ -220,9 +118,7 @@ def _joint_plan(case: _Case) -> Plan:
     return _plan(case, scale.plan, setting.gpus, scale, feasible=False, rate_scale=scale.factor)
 
 
-def _plan(
-    case: _Case, plan: JointPlan, gpus: int, scale: Scale, *, feasible: bool, rate_scale: float
-) -> Plan:
+def _plan(case: Case, plan: JointPlan, gpus: int, scale: Scale, *, feasible: bool, rate_scale: float) -> Plan:
     binding = scale.limits
     if not feasible:
         first = scale.limits[0] if scale.limits else "no limit alone"
@@ -233,7 +129,7 @@ def _plan(
         )
     return Plan(
         capacity_percent=plan.capacity_percent,
-        gpus=_gpu_names(case, gpus),
+        gpus=gpu_names(case, gpus),
         models={
             placed.task.name: _row(case, plan, placed, rate_scale if not feasible else 1.0)
             for placed in plan.placed
@@ -242,11 +138,11 @@ def _plan(
         binding=binding,
         headroom=scale.factor if feasible else min(scale.factor, 1.0),
         gap=plan.gap,
-        notes=_notes(case),
+        notes=notes(case),
     )
 
 
-def _row(case: _Case, plan: JointPlan, placed: Placed, rate_scale: float) -> ModelPlan:
+def _row(case: Case, plan: JointPlan, placed: Placed, rate_scale: float) -> ModelPlan:
     """One model's row; rates as demanded, times rate_scale for a workload that does not fit."""
     task, demand = placed.task, case.demands[placed.task.name]
     rate = demand.rate_per_s * rate_scale
@@ -257,7 +153,7 @@ def _row(case: _Case, plan: JointPlan, placed: Placed, rate_scale: float) -> Mod
     per_replica = rate / len(placed.on)
     isolated = float(task.surface.latency_ms(p, b))
     return ModelPlan(
-        gpu=_gpu_index(case, placed.on[0][0]),
+        gpu=gpu_index(case, placed.on[0][0]),
         gpu_percent=p,
         batch_size=b,
         max_queue_delay_us=_queue_delay_us(b, per_replica, max(latencies), task.slo_ms),
@@ -266,7 +162,7 @@ def _row(case: _Case, plan: JointPlan, placed: Placed, rate_scale: float) -> Mod
         efficacy=efficacy(p, b, isolated),
         knee_percent=knee_percent(task.surface, b, percents=task.grid.percents),
         utilization=rate / throughput,
-        replicas=tuple(Replica(_gpu_index(case, g), c.gpu_percent, per_replica) for g, c in placed.on),
+        replicas=tuple(Replica(gpu_index(case, g), c.gpu_percent, per_replica) for g, c in placed.on),
         slo_ms=demand.slo_ms,
         rate_per_s=rate,
         weight=demand.weight,
@@ -275,14 +171,14 @@ def _row(case: _Case, plan: JointPlan, placed: Placed, rate_scale: float) -> Mod
     )
 
 
-def _memory_limit_mb(case: _Case, task: JointTask) -> int | None:
+def _memory_limit_mb(case: Case, task: JointTask) -> int | None:
     """Room above what the profile saw: other batch sizes and a second graph must not end a sound instance."""
     if not case.options.memory_limits or not task.memory_bytes or case.device.driver == CPU_DRIVER:
         return None
     return math.ceil(max(1.25 * task.memory_bytes, task.memory_bytes + (512 << 20)) / (1 << 20))
 
 
-def _beside(case: _Case, plan: JointPlan, gpu: int, item: tuple[JointTask, Candidate]) -> float:
+def _beside(case: Case, plan: JointPlan, gpu: int, item: tuple[JointTask, Candidate]) -> float:
     """Predicted latency beside the models that share the GPU: they hold what they were promised, or what is
     left of the capacity where that is less."""
     task, chosen = item
@@ -300,7 +196,7 @@ def _queue_delay_us(b: int, rate_per_s: float, latency_ms: float, slo_ms: float 
     return round(1000.0 * min(fill, limit))
 
 
-def _efficacy_plan(case: _Case) -> Plan:
+def _efficacy_plan(case: Case) -> Plan:
     """Each model at its own best (p, b); the most demanding placed first, where there is least demand."""
     gpus, capacity = case.options.gpus, case.capacities[-1]
     binding: list[str] = []
@@ -344,46 +240,17 @@ def _efficacy_plan(case: _Case) -> Plan:
     return _plan(case, plan, gpus, Scale(factor, plan, limits), feasible=factor >= 1, rate_scale=factor)
 
 
-def _nothing(case: _Case, reason: str) -> Plan:
+def _nothing(case: Case, reason: str) -> Plan:
     """The plan of a workload that fits at no rate."""
     return Plan(
         capacity_percent=case.capacities[-1],
-        gpus=_gpu_names(case, case.options.gpus),
+        gpus=gpu_names(case, case.options.gpus),
         models={},
         feasible=False,
         binding=(reason,),
         headroom=0.0,
-        notes=_notes(case),
+        notes=notes(case),
     )
-
-
-def _notes(case: _Case) -> tuple[str, ...]:
-    lines: list[str] = []
-    for task in case.tasks:
-        surface = task.surface
-        if surface.kind == "grid":
-            lines.append(
-                f"{surface.name}: the fit misses a point by {100 * surface.fit_error:.0f}%, "
-                "planned on the measured grid"
-            )
-        lines += surface.unknown
-    after = case.interference.after
-    if after is not None and case.interference.before is not None:
-        lines.append(
-            f"interference: mean error on the measured co-runs {100 * after.mean:.0f}%, "
-            f"{100 * case.interference.before.mean:.0f}% without the model"
-        )
-    elif case.device.driver != CPU_DRIVER and len(case.tasks) > 1:
-        lines.append("interference: no co-runs measured, so none is assumed")
-    return tuple(lines)
-
-
-def _gpu_names(case: _Case, gpus: int) -> tuple[str, ...]:
-    return (case.device.name,) * (1 if case.device.driver == CPU_DRIVER else gpus)
-
-
-def _gpu_index(case: _Case, gpu: int) -> int:
-    return CPU_INDEX if case.device.driver == CPU_DRIVER else gpu
 
 
 def _floor(value: float) -> float:
@@ -395,10 +262,10 @@ def _floor(value: float) -> float:
 
 
 def explain_plan(
-    plan: Plan, profiles: ProfileSet, workload: Workload, options: PlanOptions = PlanOptions()
+    plan: Plan, profiles: ProfileSet, workload: Workload, options: PlanOptions = DEFAULT_OPTIONS
 ) -> tuple[str, ...]:
     """Why the plan is as it is, one line each: the fits, each model's own best, limits, gap."""
-    case = _case(profiles, workload, options)
+    case = make_case(profiles, workload, options)
     lines = []
     for task in case.tasks:
         surface = task.surface

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from dstack_sched.adapters.plan_files import read_plan
-from dstack_sched.adapters.profile_files import read_profile_file
+from dstack_sched.adapters.profile_files import check_device, check_models, read_profile_file
 from dstack_sched.adapters.triton_connection import ConnectionOptions
 from dstack_sched.cli import app
 from dstack_sched.cli.common import (
@@ -24,7 +24,6 @@ from dstack_sched.cli.common import (
 from dstack_sched.cli.deployment import (
     Deployment,
     PushOption,
-    check_profiles,
     connected,
     demand_of,
     model_hashes,
@@ -83,7 +82,9 @@ def apply(
         hashes = model_hashes(repository, present) if present else {}
         known = read_profile_file(profiles).profiles if profiles else stored_profiles(state, wanted, hashes)
         if profiles:
-            check_profiles(known, wanted, hashes, profiles)
+            for served_on in wanted.gpus[:1]:
+                check_device(known, served_on, str(profiles))
+            check_models(known, hashes, str(profiles))
         notes: tuple[str, ...] = ()
         host = local_view(connection.url, state)
         if host is not None:

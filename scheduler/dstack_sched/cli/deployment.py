@@ -236,24 +236,3 @@ def stored_profiles(state: Path, plan: Plan, hashes: dict[str, str]) -> ProfileS
     if not known:
         return ProfileSet(Device(name, 1, 1, "", ""), {})
     return store.export(max(known, key=lambda device: known[device]), hashes)
-
-
-def check_profiles(profiles: ProfileSet, plan: Plan, hashes: dict[str, str], where: Path) -> None:
-    """Errors: InputError where profiles were made on another device, or of another model file."""
-    if plan.gpus and profiles.device.name != plan.gpus[0]:
-        raise InputError(
-            f"{where}: measured on {profiles.device.name}, the plan is for {plan.gpus[0]}; "
-            "profile on the device that serves"
-        )
-    check_measured(profiles, hashes, where)
-
-
-def check_measured(profiles: ProfileSet, hashes: dict[str, str], where: Path) -> None:
-    """Errors: InputError where a profile is of another model file than the one served."""
-    for model, sha256 in hashes.items():
-        profile = profiles.models.get(model)
-        if profile is not None and profile.sha256 and profile.sha256 != sha256:
-            raise InputError(
-                f"{where}: {model} was measured with another model file (sha256 {profile.sha256[:12]}..., "
-                f"served: {sha256[:12]}...); profile it again"
-            )

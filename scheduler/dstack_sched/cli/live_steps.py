@@ -9,7 +9,7 @@ from typing import Any
 
 from dstack_sched.adapters.correction_store import FileCorrectionStore
 from dstack_sched.adapters.model_files import find_models
-from dstack_sched.adapters.profile_files import read_profile_file
+from dstack_sched.adapters.profile_files import check_models, read_profile_file
 from dstack_sched.adapters.profile_store import FileProfileStore
 from dstack_sched.adapters.triton_metrics import TritonMetrics
 from dstack_sched.app.changes import Reach
@@ -18,7 +18,7 @@ from dstack_sched.app.planning import PlanOptions, make_plan
 from dstack_sched.app.profiling import ProfilingOptions
 from dstack_sched.app.replan import Held
 from dstack_sched.cli.common import say, state_dir
-from dstack_sched.cli.deployment import Deployment, check_measured, model_hashes
+from dstack_sched.cli.deployment import Deployment, model_hashes
 from dstack_sched.cli.profile import finish, measure_models, probe_settings
 from dstack_sched.config import read_workload
 from dstack_sched.domain.change import ApplyReport
@@ -94,7 +94,7 @@ class LiveSteps:
         deployment = self._deployment
         if self._profiles is not None:
             known = read_profile_file(self._profiles).profiles
-            check_measured(known, model_hashes(deployment.repository, models), self._profiles)
+            check_models(known, model_hashes(deployment.repository, models), str(self._profiles))
             return known
         found = find_models([deployment.repository.root], list(models))
         store = FileProfileStore(deployment.state / "profiles")
