@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as TooLong
 from dataclasses import replace
 from typing import Any
@@ -29,7 +30,7 @@ TAIL_S = 0.3  # perf_analyzers start late, so they end late: little load is need
 OVERHEAD_S = 1.5  # of a trial: perf_analyzer's start and end, reading its export
 SOLO_S = 1.0
 PATIENCE_S = 15.0  # a backlog of several times the trial's length is gone by then
-GUESS_LIMIT_S = 30.0
+SUMS_LIMIT_S = 20.0  # beyond the start of the servers
 BLIND_GUESS_PER_S = 500.0
 
 
@@ -50,12 +51,13 @@ class CellRun:
     def run(self) -> None:
         """As far as the time goes. What fails is noted as a problem, and the next goes on."""
         study, cell = self._study, self._cell
-        planner = study.planner
-        for each in self._alternatives:
-            planner.ask("peak", cell, self._expected, each)
-        planner.ask("bounds", cell, self._expected)
-        with self._fleet as fleet:
+        with self._fleet as fleet, ThreadPoolExecutor(1) as beside:
+            sums = beside.submit(self._do_sums)
             fleet.open(each for each in self._alternatives if each.shares != "searched")
+            try:
+                sums.result(SUMS_LIMIT_S)  # nothing else of ours is to run while something is measured
+            except TooLong:
+                study.say("plans and predictions are still being made")
             self._measure_solo()
             for repeat in range(study.options.repeats):
                 for each in self._alternatives:
@@ -65,6 +67,21 @@ class CellRun:
                 for each in self._alternatives:
                     if not self._guarded(self._curve, each):
                         return
+
+    def _do_sums(self) -> None:
+        """What the simulator expects of each alternative, and the plans that trials will probably need."""
+        planner, cell, solo = self._study.planner, self._cell, self._expected
+        planner.ask("static", cell, solo)  # first: servers wait for it
+        peaks = [(each, planner.ask("peak", cell, solo, each)) for each in self._alternatives]
+        plans = []
+        for each, peak in peaks:
+            guess = peak.result()
+            if guess:
+                self._guesses[each.name] = guess
+                if each.policy is not None:
+                    plans += planner.prepare_plans(cell, solo, each, guess)
+        for plan in plans:
+            plan.result()
 
     def _guarded(self, step: Any, alternative: Alternative, *more: Any) -> bool:
         """Do a step of one alternative; False when the time is up."""
@@ -156,23 +173,18 @@ class CellRun:
         deployment.control("plan", gpus=form)
 
     def _guess(self, alternative: Alternative) -> float:
-        """Where to start: the simulator's peak, corrected by how it was off in this cell so far."""
-        planner, cell, name = self._study.planner, self._cell, alternative.name
-        if name not in self._guesses:
-            future = planner.ask("peak", cell, self._expected, alternative)
-            try:
-                found = future.result(min(GUESS_LIMIT_S, max(1.0, self._study.left_s() / 4)))
-            except TooLong:
-                found = None
-            self._guesses[name] = found or BLIND_GUESS_PER_S
-        measured = [
-            result["peak_per_s"] / self._guesses[each.name]
+        """Where to start: the simulator's peak, corrected by how it was off in this cell so far; where there
+        is none, the middle of what was measured."""
+        peaks = {
+            each.name: result["peak_per_s"]
             for each in self._alternatives
-            if each.name in self._guesses
-            and (result := self._study.find(cell, each)) is not None
-            and result["peak_per_s"]
-        ]
-        return max(10.0, self._guesses[name] * (statistics.median(measured) if measured else 1.0))
+            if (result := self._study.find(self._cell, each)) is not None and result["peak_per_s"]
+        }
+        guess = self._guesses.get(alternative.name)
+        if guess is None:
+            return statistics.median(peaks.values()) if peaks else BLIND_GUESS_PER_S
+        off = [peak / self._guesses[name] for name, peak in peaks.items() if name in self._guesses]
+        return max(10.0, guess * (statistics.median(off) if off else 1.0))
 
     # -- what is measured ----------------------------------------------------------------------------------
 
@@ -186,8 +198,6 @@ class CellRun:
             guess = guess or study.searches[cell.key]["peak_per_s"]
         deployment = self._deployed(alternative)
         guess = guess or self._guess(alternative)
-        if alternative.policy is not None:
-            study.planner.prepare_plans(cell, self._expected, alternative, guess)
         began = time.monotonic()
         found = find_peak(
             lambda rate: self._trial(alternative, rate, repeat), guess, wanted=ATTAINMENT,

@@ -106,11 +106,12 @@ class Planner:
         self.plan_s[cell.key] = max(took_s, self.plan_s.get(cell.key, 0.0))
         return plan
 
-    def prepare_plans(self, cell: Cell, solo: Solo, alternative: Alternative, guess_per_s: float) -> None:
+    def prepare_plans(
+        self, cell: Cell, solo: Solo, alternative: Alternative, guess_per_s: float
+    ) -> list[Future[Any]]:
         """Ask for the plans of the rates that trials will probably have."""
         first, last = (rung(guess_per_s * factor) for factor in PLAN_RANGE)
-        for step in range(first, last + 1):
-            self._plan_of(cell, solo, alternative, step)
+        return [self._plan_of(cell, solo, alternative, step) for step in range(first, last + 1)]
 
     def _plan_of(self, cell: Cell, solo: Solo, alternative: Alternative, step: int) -> Future[Any]:
         told = Alternative("", "", "", told=alternative.told)
