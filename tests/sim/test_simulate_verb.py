@@ -50,7 +50,7 @@ def test_json_and_timeline(files: list[str], tmp_path: Path) -> None:
 def test_all_policies_see_the_same_arrivals(files: list[str]) -> None:
     done = CliRunner().invoke(app, [*files, "--json", "--all"], catch_exceptions=False)
     policies = json.loads(done.stdout)["policies"]
-    assert len(policies) == 10
+    assert len(policies) == 11
     assert len({(p["models"]["light"]["offered"], p["models"]["heavy"]["offered"]) for p in policies}) == 1
 
 

@@ -27,6 +27,7 @@ from dstack_sched.engine.state import NEVER, Instance, ModelState, Run, Story
 
 LOST_RETRY_US = 1_000_000  # work reported this long after a lease ran out: the instance is tried again
 RATE_WINDOW_US = 100_000
+LATE_GAIN = 0.02  # one batch's weight in the part of rows that are late
 ROUNDING = 1e-6  # GPU%: sums of floats
 
 
@@ -105,6 +106,8 @@ class EngineBase(Books):
             if instance.run is not None:
                 self._retire(instance, instance.run, event.rows, event.run_us, now)
         instance.model.late_rows += event.late
+        if event.rows:
+            instance.late_seen += LATE_GAIN * (event.late / event.rows - instance.late_seen)
         self._count_rate(instance, event, now)
         self._queue(instance, event.waiting, event.earliest_deadline_us, now)
 

@@ -2,7 +2,8 @@
 
 Each pass looks at the instances with work, most urgent first (latest start = earliest deadline - run time):
 
-1. each gets the share and batch that add most to the GPU's total speed and still meet its deadline;
+1. each gets its share, or more of what is free where it needs it, and the largest batch that still makes its
+   deadline (choice.py);
 2. the first one that does not fit reserves its place at the predicted end of those that run, and nobody
    behind it may take that place;
 3. what is left over goes down the list (work-conserving), best-effort models last;
@@ -16,100 +17,34 @@ Each pass looks at the instances with work, most urgent first (latest start = ea
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from dataclasses import dataclass
 
 from dstack_sched.domain.decision import Overload
 from dstack_sched.domain.event import BackendJoined, BackendLeft, BatchStarted, PlanChanged
-from dstack_sched.engine.base import ROUNDING, EngineBase
+from dstack_sched.engine.base import ROUNDING
 from dstack_sched.engine.books import WAKE_CHAIN, WAKE_GO, WAKE_SESSION
+from dstack_sched.engine.choice import MIN_SESSION_US, ChoosingEngine, Pick, Place, Rules
+from dstack_sched.engine.run_times import RunTimes
 from dstack_sched.engine.state import NEVER, Instance, Run
 
-
-@dataclass(frozen=True, slots=True)
-class Rules:
-    """The engine's rules and their settings; every one can be switched off to measure what it brings.
-
-    chain: decide the next batch chain_lead_us before the running one ends (not under overload). levels:
-    choose the share of each batch. reserve: nobody overtakes the first one that does not fit. scoreboard:
-    order by service under overload. shed: reject what cannot make it (where the model allows). run_fraction:
-    no run longer than this part of the objective. safety: part of a run time kept in hand when a deadline is
-    checked. patience: a batch that is not full may wait until this part of the objective is left beyond its
-    run time (1: never).
-    foresee: predict with the slowdown by co-runners seen lately where it is more than now's. stand: give
-    standing grants.
-    """
-
-    chain: bool = True
-    chain_lead_us: int = 400
-    levels: bool = True
-    reserve: bool = True
-    scoreboard: bool = True
-    shed: bool = True
-    run_fraction: float = 0.7
-    safety: float = 0.02
-    patience: float = 0.3
-    foresee: bool = True
-    stand: bool = True
-
-
 LATELY_US = 100_000  # who was active since then may come again at any moment
-MIN_SESSION_US = 100_000  # where no model has an objective
 Entry = tuple[int, int, Instance, bool]  # urgency, serial (ties by age), instance, whether it runs
 ROWS_WORTH_WAITING = 0.5  # rows expected until it must go
 MISS_RATE_GAIN = 0.02  # one grant's weight in the miss rate
 OVERLOAD_ON, OVERLOAD_OFF = 0.05, 0.02
 
 
-class Pick:
-    """A candidate grant. gain: speed it adds to the GPU, in worth per microsecond. batch 0: shed only."""
-
-    __slots__ = ("batch", "end_us", "gain", "left", "level", "missed", "percent", "rows", "shed_before_us")
-
-    def __init__(
-        self, level: int, percent: float, batch: int, rows: int, end_us: int, gain: float,
-        shed_before_us: int = 0, left: int = 0, missed: float = 0.0,
-    ) -> None:  # fmt: skip
-        self.level = level
-        self.percent = percent
-        self.batch = batch
-        self.rows = rows
-        self.end_us = end_us
-        self.gain = gain
-        self.shed_before_us = shed_before_us
-        self.left = left  # rows that stay after the shedding
-        self.missed = missed  # part of the waiting rows that is lost or late
-
-
-class Place:
-    """A reservation: nobody behind may run beyond at_us with more than `spare` percent."""
-
-    __slots__ = ("at_us", "spare")
-
-    def __init__(self, at_us: int, spare: float) -> None:
-        self.at_us = at_us
-        self.spare = spare
-
-    def admits(self, pick: Pick) -> bool:
-        return pick.end_us <= self.at_us or pick.percent <= self.spare + ROUNDING
-
-
-class DStackEngine(EngineBase):
+class DStackEngine(ChoosingEngine):
     """D-STACK on one GPU. See the module for its rules, EngineBase for what it remembers."""
 
     policy = "dstack"
 
     def __init__(self, rules: Rules | None = None) -> None:
-        super().__init__()
-        self.rules = rules or Rules()
-        self.session_us = MIN_SESSION_US
-        self.overloaded = False
+        super().__init__(rules)
         self._misses = 0.0  # moving average of the part of rows that a grant could not serve in time
         self._smallest = 0.0  # the smallest share that anyone can run at
-        self._shortest_slo_us = NEVER
         self._vfloor = 0.0  # virtual time of the last model that started
         self._ready: list[Entry] = []  # who may be granted now, most urgent first
         self._parked: list[Entry] = []  # have work, but wait for more; in the same order
-        self._weights = 0.0  # weights of those that have work, or mostly have
         self._chainable = 0  # how many of them run already
         self._emptied: Instance | None = None  # has just run out of work
 
@@ -124,7 +59,6 @@ class DStackEngine(EngineBase):
         super()._on_started(event, now)
         instance = self.instances.get(event.instance)
         if instance is not None and instance.run is not None:
-            instance.run.worth = instance.run.rows * instance.worth_per_row
             self._vfloor = max(self._vfloor, instance.model.vtime)
 
     def _on_left(self, event: BackendLeft, now: int) -> None:
@@ -153,6 +87,7 @@ class DStackEngine(EngineBase):
         self.session_us = max(objectives, default=MIN_SESSION_US)
         self._shortest_slo_us = min(objectives, default=NEVER)
         self._smallest = min((min(i.levels[0], self.capacity) for i in instances), default=0.0)
+        self._stretch()
 
     def _on_wake(self, kind: int, instance: Instance, token: int, now: int) -> None:
         super()._on_wake(kind, instance, token, now)
@@ -332,8 +267,7 @@ class DStackEngine(EngineBase):
             self._shed(instance, pick.shed_before_us, pick.left)
             self._report(instance, "rows shed that could not make their deadline", now)
         if pick.batch:
-            run = self._grant(instance, pick.level, pick.batch, pick.rows, now)
-            run.worth = pick.rows * instance.worth_per_row
+            self._grant(instance, pick.level, pick.batch, pick.rows, now)
             if instance.work_since_us != NEVER:
                 self._wake(now + self.session_us, WAKE_SESSION, instance, instance.work_since_us)
             self._vfloor = max(self._vfloor, instance.model.vtime)
@@ -352,25 +286,7 @@ class DStackEngine(EngineBase):
             slow = max(slow, instance.slow_seen)
         if self.rules.patience < 1 and self._may_wait(instance, start, slow, now):
             return None
-        levels = instance.levels
-        if not self.rules.levels or len(levels) == 1:
-            level = instance.plan_level
-            if min(levels[level], self.capacity) > available + ROUNDING:
-                return None
-            return self._batch(instance, level, start, slow, now)
-        best: Pick | None = None
-        loss = self._loss(instance)
-        ceiling = min(available, self._fair_part(instance)) + ROUNDING
-        for level, percent in enumerate(levels):
-            if percent > ceiling and best is not None:
-                break
-            if percent > available + ROUNDING:
-                break
-            pick = self._batch(instance, level, start, slow, now)
-            pick.gain -= loss * percent
-            if best is None or pick.gain > best.gain:
-                best = pick
-        return best
+        return self._choose(instance, available, start, slow, now)
 
     def _may_wait(self, instance: Instance, start: int, slow: float, now: int) -> bool:
         if not instance.slo_us or instance.waiting >= instance.batch_size or instance.boosted:
@@ -378,10 +294,8 @@ class DStackEngine(EngineBase):
         if not self.running:
             return False
         times = instance.times
-        run_us = (
-            times.us[instance.plan_level][instance.waiting] * times.scale * slow * (1 + self.rules.safety)
-        )
-        go_us = instance.deadline_us - int(run_us + self.rules.patience * instance.slo_us)
+        run_us = times.us[instance.plan_level][instance.waiting] * times.scale * slow * self._margin(times)
+        go_us = instance.deadline_us - int(run_us + self._patience(instance) * instance.slo_us)
         if go_us <= start:
             return False
         if instance.rate_per_us * (go_us - start) < ROWS_WORTH_WAITING:
@@ -390,101 +304,29 @@ class DStackEngine(EngineBase):
             self._wait(instance, go_us, slow, now)
         return True
 
+    def _patience(self, instance: Instance) -> float:
+        """The part of the objective that is left when it stops waiting: more, the more it was late lately."""
+        return self.rules.patience + self.rules.haste * instance.late_seen
+
+    def _margin(self, times: RunTimes) -> float:
+        """What a run may take over its prediction, where waiting is a choice: nearly the worst seen."""
+        return 1.0 + self.rules.safety + self.rules.jitter * times.spread
+
     def _wait(self, instance: Instance, go_us: int, slow: float, now: int) -> None:
         """Park it for as long as `_may_wait` would say so whatever its co-runners do, then look at it in
         every pass until go_us."""
-        times, rules = instance.times, self.rules
-        worst = max(slow, instance.model.slowdown(self.capacity)) * (1 + rules.safety)
+        times = instance.times
+        worst = max(slow, instance.model.slowdown(self.capacity)) * self._margin(times)
         run_us = times.us[instance.plan_level][instance.waiting] * times.scale * worst
-        surely_us = run_us + rules.patience * instance.slo_us + ROWS_WORTH_WAITING / instance.rate_per_us
+        surely_us = (
+            run_us + self._patience(instance) * instance.slo_us + ROWS_WORTH_WAITING / instance.rate_per_us
+        )
         until_us = instance.deadline_us - int(surely_us) - 2
         if until_us > now:  # a far deadline must not fill the agenda: look again after one objective
             self._park(instance, min(until_us, now + instance.slo_us))
         elif instance.go_us != go_us:
             instance.go_us = go_us
             self._wake(go_us, WAKE_GO, instance, instance.deadline_us)
-
-    def _loss(self, instance: Instance) -> float:
-        """Speed that the others lose per percent granted to this one."""
-        loss = 0.0
-        for other in self.running:
-            run = other.run
-            if run is not None and other is not instance:
-                slope = other.model.slope(self.promised - run.percent)
-                loss += run.worth * slope / (run.alone_us * run.slow * run.slow)
-        return loss
-
-    def _fair_part(self, instance: Instance) -> float:
-        """The most one may take while others have work: an equal part of the capacity."""
-        active = len(self.running) + len(self._ready) - self._chainable
-        return self.capacity / max(active, 1)
-
-    def _batch(self, instance: Instance, level: int, start: int, slow: float, now: int) -> Pick:
-        """The best batch at this level, starting at `start` with this slowdown by co-runners."""
-        times, waiting, slo_us = instance.times, instance.expected, instance.slo_us
-        percent = min(instance.levels[level], self.capacity)
-        factor = slow * (1.0 + self.rules.safety)
-        if not slo_us:
-            batch = max(1, times.largest_batch(level, self._shortest_slo_us / 2 / factor))
-            return self._filled(instance, level, percent, batch, start, factor)
-        longest_us = self.rules.run_fraction * slo_us
-        if self.overloaded:  # nobody runs longer than its part of a session
-            part = instance.model.weight / max(self._weights, instance.model.weight)
-            longest_us = min(longest_us, part * self.session_us * self.capacity / percent)
-        batch = max(1, times.largest_batch(level, longest_us / factor))
-        slack = instance.deadline_us - start
-        fit = times.largest_batch(level, slack / factor) if slack > 0 else 0
-        want = min(waiting, batch)
-        if fit >= want:
-            return self._filled(instance, level, percent, min(batch, fit), start, factor)
-        return self._rescue(instance, level, percent, batch, fit, start, factor, now)
-
-    def _filled(
-        self, instance: Instance, level: int, percent: float, batch: int, start: int, factor: float
-    ) -> Pick:
-        """All rows of the batch make it."""
-        rows = min(instance.expected, batch)
-        run_us = instance.times.us[level][rows] * instance.times.scale * factor
-        return Pick(level, percent, batch, rows, start + int(run_us), rows * instance.worth_per_row / run_us)
-
-    def _rescue(
-        self,
-        instance: Instance,
-        level: int,
-        percent: float,
-        batch: int,
-        fit: int,
-        start: int,
-        factor: float,
-        now: int,
-    ) -> Pick:
-        """Not all make it: serve the `fit` most urgent in time, or give them up for a larger batch of
-        younger ones, whichever brings more rows in time per microsecond."""
-        times, waiting, worth = instance.times, instance.expected, instance.worth_per_row
-        row_us = times.us[level]
-        want = min(waiting, batch)
-        whole_us = row_us[want] * times.scale * factor
-        end = start + int(whole_us)
-        latest = now + instance.slo_us  # deadlines of those that wait lie between the earliest and this
-        width = max(latest - instance.deadline_us, 1)
-        alive = int(waiting * min(max((latest - end) / width, 0.0), 1.0))
-        young = min(alive, want)
-        young_us = row_us[young] * times.scale * factor if young else whole_us
-        shed = instance.reject and self.rules.shed
-        if fit:
-            fit_us = row_us[fit] * times.scale * factor
-            if not shed or fit / fit_us >= young / young_us:
-                return Pick(level, percent, fit, fit, start + int(fit_us), fit * worth / fit_us)
-        missed = (waiting - alive) / waiting
-        if shed:
-            if not young:
-                end = start + int(row_us[1] * times.scale * factor)
-                return Pick(level, percent, 0, 0, start, 0.0, end, 0, missed)
-            end = start + int(young_us)
-            return Pick(
-                level, percent, max(young, 1), young, end, young * worth / young_us, end, alive, missed
-            )
-        return Pick(level, percent, want, want, end, 0.1 * want * worth / whole_us, 0, 0, missed)
 
     def _reserve(self, instance: Instance, free: float, now: int) -> Place:
         """When the predicted ends free enough for this one, and what is left over then."""

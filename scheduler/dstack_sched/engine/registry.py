@@ -15,6 +15,7 @@ from dstack_sched.engine.rivals_spatial import (
     MpsDefaultEngine,
     MpsStaticEngine,
     RateLimiterEngine,
+    TimeSlicedEngine,
 )
 from dstack_sched.engine.rivals_temporal import ClipperEngine, NexusEngine, TemporalEngine
 from dstack_sched.errors import InputError
@@ -26,17 +27,20 @@ Shares = Literal["planned", "whole"]
 class Policy:
     """A policy. shares: whether its processes get the plan's GPU% or the whole GPU each (no MPS limit).
     gated: it asks the arbiter before each batch; the others' backends need no grant and pay no round trip.
-    levels: it can choose the share of each batch, where the backends have levels."""
+    levels: it can choose the share of each batch, where the backends have levels. mps: models can run side by
+    side; without it the driver takes turns between them."""
 
     make: Callable[[], Engine]
     shares: Shares
     gated: bool
     summary: str
     levels: bool = False
+    mps: bool = True
 
 
 POLICIES: dict[str, Policy] = {
     "dstack": Policy(DStackEngine, "planned", True, "deadlines, reservations, shares, shedding", True),
+    "time-sliced": Policy(TimeSlicedEngine, "whole", False, "no MPS: the driver takes turns", mps=False),
     "temporal": Policy(TemporalEngine, "whole", False, "one model at a time, round robin"),
     "mps-default": Policy(MpsDefaultEngine, "whole", False, "all at once, no limits"),
     "mps-static": Policy(MpsStaticEngine, "planned", False, "all at once, fixed shares (GSLICE-like)"),

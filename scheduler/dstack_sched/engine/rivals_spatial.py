@@ -61,6 +61,19 @@ class MpsDefaultEngine(SpatialEngine):
         self._unlimit()
 
 
+class TimeSlicedEngine(MpsDefaultEngine):
+    """No MPS: everyone runs whenever it has work, and the driver takes turns between them: the world's
+    business, so that only the batch size differs: as many as run within half the objective in their turns."""
+
+    policy = "time-sliced"
+
+    def _batch_size(self, instance: Instance) -> int:
+        if not instance.slo_us:
+            return instance.batch_size
+        turns = len(self.running) + 1
+        return max(1, instance.times.largest_batch(instance.plan_level, instance.slo_us / 2 / turns))
+
+
 class MpsStaticEngine(MpsDefaultEngine):
     """GSLICE-like: fixed shares, adaptive batches, everyone runs whenever it has work."""
 

@@ -51,19 +51,13 @@ class ModelState:
         x = co_percent / 100.0
         return 1.0 + self.sensitivity * (x if self.exponent == 1.0 else x**self.exponent)
 
-    def slope(self, co_percent: float) -> float:
-        """d slowdown / d co_percent."""
-        x = max(co_percent, 0.0) / 100.0
-        power = 1.0 if self.exponent == 1.0 else self.exponent * x ** (self.exponent - 1.0)
-        return self.sensitivity * power / 100.0
-
 
 class Run:
     """One grant, from its decision to its end. Times in us; `left_us` is what would be left of it, alone."""
 
     __slots__ = (
         "alone_us", "batch", "charged", "end_us", "grant_id", "lease_us", "left_us", "level", "mask",
-        "percent", "rows", "slow", "start_us", "touched_us", "worth",
+        "percent", "rows", "slow", "start_us", "touched_us",
     )  # fmt: skip
 
     def __init__(self, grant_id: int, level: int, percent: float, batch: int, rows: int) -> None:
@@ -76,7 +70,6 @@ class Run:
         self.alone_us = 1.0
         self.left_us = 1.0
         self.slow = 1.0
-        self.worth = 0.0
         self.charged = 0.0  # GPU%-time put on the scoreboard in advance
         self.start_us = self.touched_us = self.end_us = self.lease_us = 0
 
@@ -99,6 +92,7 @@ class Instance:
         "go_us",
         "held",
         "last_masks",
+        "late_seen",
         "level",
         "levels",
         "lost_grant",
@@ -123,7 +117,6 @@ class Instance:
         "times",
         "waiting",
         "work_since_us",
-        "worth_per_row",
     )  # fmt: skip
 
     def __init__(self, joined: BackendJoined, model: ModelState, serial: int) -> None:
@@ -150,6 +143,7 @@ class Instance:
         self.go_us = 0
         self.expected = 0  # rows that will wait when the grant in question starts
         self.parked = False  # waits for more rows, aside from those that may be granted
+        self.late_seen = 0.0  # part of its rows that ended late, moving average over batches
         self.slow_seen = 1.0  # slowdown by co-runners, moving average
         self.duty = 0.0
         self.claim_weight = 0.0  # what it counts for among those that share the GPU
@@ -175,8 +169,6 @@ class Instance:
             self.times.go_on_from(old)
         nearest = min(range(len(self.levels)), key=lambda i: abs(self.levels[i] - plan.gpu_percent))
         self.level = self.plan_level = nearest
-        # What one row is worth: its run time in a planned batch with the whole GPU.
-        self.worth_per_row = self.times.us[-1][self.batch_size] / self.batch_size
 
     @property
     def busy(self) -> bool:

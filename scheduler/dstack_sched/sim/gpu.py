@@ -20,11 +20,14 @@ NEVER_US = float(1 << 62)
 
 @dataclass(frozen=True, slots=True)
 class SpeedModel:
-    """The truth of the simulated world. jitter: whether run times vary as p99/p50 of the profile says."""
+    """The truth of the simulated world. jitter: whether run times vary as p99/p50 of the profile says.
+    sliced: without MPS the driver takes turns between the processes; each of n batches runs at 1/n of its
+    speed alone (on the H100 four models so reach the mean of their solo rates: 848/s at batch 1)."""
 
     surfaces: dict[str, LatencySurface]
     interference: Interference
     jitter: bool = True
+    sliced: bool = False
 
 
 class Job:
@@ -32,16 +35,14 @@ class Job:
 
     __slots__ = ("coefficient", "end_us", "left_us", "owner", "percent", "rows", "slow", "start_us")
 
-    def __init__(
-        self, owner: int, percent: float, rows: int, work_us: float, coefficient: float, now: int
-    ) -> None:
+    def __init__(self, owner: int, percent: float, rows: int, work_us: float, coefficient: float) -> None:
         self.owner = owner
         self.percent = percent
         self.rows = rows
         self.left_us = work_us
         self.coefficient = coefficient  # slowdown caused by co-runners of 100% in all
         self.slow = 1.0
-        self.start_us = now
+        self.start_us = 0
         self.end_us = NEVER_US
 
 
@@ -61,10 +62,8 @@ class Gpu:
         self._normals: list[float] = []
         self._alone: dict[tuple[str, float], tuple[list[float], list[float]]] = {}
 
-    def start(
-        self, owner: int, model: str, percent: float, rows: int, now: float, stretch: float = 1.0
-    ) -> Job:
-        """Put a batch on the GPU. stretch: a fault's slow-down factor; inf hangs it."""
+    def make(self, owner: int, model: str, percent: float, rows: int, stretch: float = 1.0) -> Job:
+        """A batch that is not on the GPU yet. stretch: a fault's slow-down factor; inf hangs it."""
         median_us, sigma = self._curve(model, percent)
         row = min(rows, len(median_us) - 1)
         work_us = median_us[row] * (rows / row if rows > row else 1.0) * stretch
@@ -72,16 +71,21 @@ class Gpu:
             work_us *= np.exp(sigma[row] * self._normal())
         interference = self._speeds.interference
         coefficient = interference.k.get(model, interference.default)
-        job = Job(owner, percent, rows, float(work_us), coefficient, int(now))
+        return Job(owner, percent, rows, float(work_us), coefficient)
+
+    def launch(self, job: Job, now: float) -> None:
+        """Put a batch on the GPU."""
+        job.start_us = int(now)
         self._advance(now)
         self.jobs.append(job)
-        self.promised += percent
+        self.promised += job.percent
         self.max_promised = max(self.max_promised, self.promised)
         self._reschedule()
-        return job
 
     def finish(self, job: Job, now: float) -> None:
-        """Take a batch off the GPU, ended or killed."""
+        """Take a batch off the GPU, ended or killed; nothing to do where it was never launched."""
+        if job not in self.jobs:
+            return
         self._advance(now)
         self.jobs.remove(job)
         self.promised = self.promised - job.percent if self.jobs else 0.0
@@ -114,7 +118,9 @@ class Gpu:
         first = NEVER_US
         for job in self.jobs:
             beside = (promised - job.percent) / 100.0
-            if beside > 1e-9:
+            if self._speeds.sliced:
+                job.slow = float(len(self.jobs))
+            elif beside > 1e-9:
                 job.slow = 1.0 + job.coefficient * (beside if exponent == 1.0 else beside**exponent)
             else:
                 job.slow = 1.0

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dstack_sched.sim.world import Backend, World
+from dstack_sched.sim.backend import Backend
+from dstack_sched.sim.world import World
 
 VERSION = 1
 

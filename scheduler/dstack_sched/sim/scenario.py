@@ -41,6 +41,21 @@ class Delays:
 
 
 @dataclass(frozen=True, slots=True)
+class Serving:
+    """What serving a request costs beside its run, in us. outside_us: from the client into the instance's
+    queue and from the end of the run back to the client; latency only. prepare_us: from the decision to run
+    until the device starts (gather, copy in, hand over); it keeps the instance busy, not the GPU, and
+    overlaps the batch before where one runs."""
+
+    outside_us: int = 0
+    prepare_us: int = 0
+
+
+NO_SERVING = Serving()
+TRITON_H100 = Serving(outside_us=1000, prepare_us=250)  # of 1.0 to 1.7 ms measured (h100/dataplane.md)
+
+
+@dataclass(frozen=True, slots=True)
 class Fault:
     """At at_us something breaks. hang: the instance's next batch never ends until duration_us later, when the
     process is killed and joins again. crash: the process dies and joins again after duration_us. slow: its
@@ -65,3 +80,4 @@ class Scenario:
     arrivals: Arrivals = field(default_factory=Arrivals)
     delays: Delays = field(default_factory=Delays)
     faults: tuple[Fault, ...] = ()
+    serving: Serving = field(default_factory=Serving)

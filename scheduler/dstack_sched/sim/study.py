@@ -24,12 +24,12 @@ from dstack_sched.policy.latency import LatencySurface
 from dstack_sched.sim.arrivals import Arrivals
 from dstack_sched.sim.gpu import SpeedModel
 from dstack_sched.sim.result import SimResult, summarize
-from dstack_sched.sim.scenario import Delays, Fault, Scenario, SimInstance
+from dstack_sched.sim.scenario import NO_SERVING, Delays, Fault, Scenario, Serving, SimInstance
 from dstack_sched.sim.side_by_side import Shares, side_by_side
 from dstack_sched.sim.world import World
 
 BOUND_STEP_PERCENT = 5.0
-LEVELS_PROMISE = 2.0  # with levels: capacity over the sum of the static shares (decisions/0050)
+LEVELS_CAPACITY = 225.0  # with levels, where no plan says otherwise (decisions/0051)
 _PEAK_STEPS = 40
 
 
@@ -48,6 +48,7 @@ class Case:
     arrivals: Arrivals = field(default_factory=Arrivals)
     delays: Delays = field(default_factory=Delays)
     faults: tuple[Fault, ...] = ()
+    serving: Serving = field(default_factory=Serving)
 
     def scaled(self, factor: float) -> Case:
         """The same with all rates times factor."""
@@ -67,23 +68,35 @@ def make_case(
     arrivals: Arrivals | None = None,
     plan: Plan | None = None,
     faults: Sequence[Fault] = (),
+    serving: Serving = NO_SERVING,
 ) -> Case:
-    """The case of a workload on one profiled GPU. Raises InputError for a model without a profile or a trace
-    without requests."""
+    """The case of a workload on one profiled GPU. The SLOs are the clients': what serving takes outside the
+    instance is taken off. Raises InputError for a model without a profile or an SLO that leaves nothing."""
     missing = [d.name for d in workload.models if d.name not in profiles.models]
     if missing:
         raise InputError(f"{missing[0]}: in the workload but not in the profiles; profile it first")
+    workload = replace(workload, models=tuple(_inside(d, serving) for d in workload.models))
     surfaces = {d.name: LatencySurface.from_profile(profiles.models[d.name]) for d in workload.models}
     speeds = SpeedModel(surfaces, fit_interference(surfaces, profiles.corun))
     shares = (
         _planned(plan, workload) if plan else side_by_side(surfaces, workload.models, speeds.interference)
     )
     total = sum(shares.gpu_percent.values())
-    capacity = plan.capacity_percent if plan else max(100.0, total * (LEVELS_PROMISE if levels else 1.0))
+    capacity = plan.capacity_percent if plan else max(LEVELS_CAPACITY if levels else 100.0, total)
     return Case(
         speeds, tuple(workload.models), workload.attainment, shares, capacity,
-        tuple(sorted(levels)), arrivals or Arrivals(), faults=tuple(faults),
+        tuple(sorted(levels)), arrivals or Arrivals(), faults=tuple(faults), serving=serving,
     )  # fmt: skip
+
+
+def _inside(demand: ModelDemand, serving: Serving) -> ModelDemand:
+    """The demand with the SLO that serving leaves for waiting and running."""
+    if demand.slo_ms is None or not serving.outside_us:
+        return demand
+    left_ms = demand.slo_ms - serving.outside_us / 1000
+    if left_ms <= 0:
+        raise InputError(f"{demand.name}: slo_ms {demand.slo_ms:g} is less than serving alone takes")
+    return replace(demand, slo_ms=left_ms)
 
 
 def _planned(plan: Plan, workload: Workload) -> Shares:
@@ -119,7 +132,8 @@ def scenario_of(case: Case, policy_name: str, duration_us: int) -> Scenario:
     models = tuple(_engine_model(case, d, percents[d.name]) for d in case.demands)
     delays = case.delays if deployed.gated else Delays(0, 0)
     plan = PlanChanged(capacity, models)
-    return Scenario(case.speeds, instances, plan, duration_us, case.arrivals, delays, case.faults)
+    speeds = case.speeds if deployed.mps else replace(case.speeds, sliced=True)
+    return Scenario(speeds, instances, plan, duration_us, case.arrivals, delays, case.faults, case.serving)
 
 
 def _engine_model(case: Case, demand: ModelDemand, gpu_percent: float) -> EngineModel:

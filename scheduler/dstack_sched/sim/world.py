@@ -23,55 +23,12 @@ from dstack_sched.domain.event import (
     WorkQueued,
 )
 from dstack_sched.engine.interface import Engine
+from dstack_sched.sim.backend import FOREVER, Backend
 from dstack_sched.sim.chart import Interval
 from dstack_sched.sim.gpu import Gpu, Job
 from dstack_sched.sim.scenario import Fault, Scenario, SimInstance
 
-ARRIVAL, TO_ENGINE, TO_BACKEND, TIMER, FAULT, MEND = range(6)
-FOREVER = 1 << 62
-
-
-class Backend:
-    """A simulated instance: a queue in order of deadlines, at most one running batch and one chained grant.
-
-    Rows [head, tail) of `arrivals` wait. It reports work as the real one does (dstack_backend.gate): each new
-    row up to two batches, then no more but each doubling.
-    """
-
-    __slots__ = (
-        "arrivals", "batches", "chained", "down", "failed", "grant", "head", "hung", "index", "job", "name",
-        "notify_at", "rejected", "share_percent_us", "slow", "spec", "standing", "tail", "wake_token",
-    )  # fmt: skip
-
-    def __init__(self, index: int, spec: SimInstance, arrivals: list[int]) -> None:
-        self.index = index
-        self.spec = spec
-        self.name = spec.name
-        self.arrivals = arrivals
-        self.head = self.tail = 0
-        self.job: Job | None = None
-        self.grant: Grant | None = None  # of the running batch; None while it runs ungated
-        self.chained: Grant | None = None
-        self.standing: Grant | None = None  # for the next rows that come
-        self.notify_at = 1
-        self.wake_token = 0
-        self.down = self.hung = False
-        self.slow = 1.0
-        self.rejected = self.failed = 0
-        self.share_percent_us = 0.0
-        self.batches: list[tuple[int, int, int]] = []  # first row, rows, end in us
-
-    def waiting(self, now: float) -> int:
-        """Rows that wait at `now`."""
-        arrivals, tail = self.arrivals, self.tail
-        end = len(arrivals)
-        while tail < end and arrivals[tail] <= now:
-            tail += 1
-        self.tail = tail
-        return tail - self.head
-
-    def deadline_us(self) -> int:
-        return self.arrivals[self.head] + (self.spec.slo_us or FOREVER // 4)
+ARRIVAL, TO_ENGINE, TO_BACKEND, TIMER, LAUNCH, FAULT, MEND = range(7)
 
 
 class World:
@@ -159,6 +116,9 @@ class World:
         elif kind == TIMER:
             if payload == self._timer_token and self.engine is not None:
                 self._tell(TimerFired(), now)
+        elif kind == LAUNCH:
+            if payload is self.backends[index].job:
+                self.gpu.launch(payload, now)  # type: ignore[arg-type]
         elif kind == FAULT:
             self._break(payload, now)  # type: ignore[arg-type]
         else:
@@ -306,7 +266,12 @@ class World:
         percent = grant.gpu_percent if grant else backend.spec.gpu_percent
         stretch = FOREVER if backend.hung else backend.slow
         backend.grant = grant
-        backend.job = self.gpu.start(backend.index, backend.spec.demand.name, percent, rows, now, stretch)
+        backend.job = self.gpu.make(backend.index, backend.spec.demand.name, percent, rows, stretch)
+        prepare_us = self.scenario.serving.prepare_us
+        if prepare_us and now > backend.ended_us:
+            self._push(ceil(now) + prepare_us, LAUNCH, backend.index, backend.job)
+        else:  # right behind another batch: prepared while that one ran
+            self.gpu.launch(backend.job, now)
         backend.batches.append((backend.head, rows, 0))
         backend.head += rows
         if grant is not None and grant.standing:
@@ -330,7 +295,7 @@ class World:
         self.gpu.finish(job, now)
         grant, backend.job, backend.grant = backend.grant, None, None
         first, rows, _ = backend.batches[-1]
-        end = ceil(now)
+        end = backend.ended_us = ceil(now)
         backend.batches[-1] = (first, rows, end)
         slo = backend.spec.slo_us or FOREVER // 4
         late = bisect_left(backend.arrivals, end - slo, first, first + rows) - first
