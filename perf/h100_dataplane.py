@@ -2,15 +2,16 @@
 
     python perf/h100_dataplane.py [--parts served,leak] [--out DIR] [--time-budget-s 540] [--provider cpu]
 
-Parts, in order of importance; each is written to DIR/dataplane.json and DIR/dataplane.md as soon as it is
-done, beside the parts that earlier runs left there; one that fails is recorded with its error and the next
-goes on:
+Parts, in order of importance (--parts runs them in the order given); each is written to DIR/dataplane.json
+and DIR/dataplane.md as soon as it is done, beside the parts, and the models, that earlier runs left there
+with their own dates; one that fails is recorded with its error and the next goes on:
 
     raw        onnxruntime alone, I/O binding, CUDA graph: the measure of all else
     served     throughput through Triton at saturation, system and CUDA shared memory clients
     overhead   latency of one client, where it goes by stage, and what of it is Triton's own
     graphs     served throughput with and without CUDA graphs; outputs of both
     levels     a change of GPU% by level and by reload: time, memory, throughput, interference
+    loading    time to load the network that takes longest: first, again, and after a dead process
     mps        the MPS daemon killed under load: recovery, requests failed, every answer checked
     leak       device and host memory over 100 load/unload cycles
     instances  24 model instances on one GPU load, serve, unload
@@ -31,15 +32,14 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 os.environ["OPENBLAS_NUM_THREADS"] = "1"  # our own arithmetic is small: threads would only disturb
 
-from dataplane.endurance import instances, leak, mps
+from dataplane.endurance import instances, leak, loading, mps
 from dataplane.levels import levels
 from dataplane.raw import raw
 from dataplane.speed import graphs, overhead, served
-from dataplane.study import Study
+from dataplane.study import KNOWN_MODELS, Study
 from dataplane.table import figures, markdown
 from report import REPORTS, ROOT
 
-MODELS = ("resnet50", "bert_base", "vgg19", "mobilenet_v2")
 EXPORT_LIMIT_S = 120.0
 # Part -> what it does, about how many seconds it needs at least.
 PARTS: dict[str, tuple[Callable[[Study], Mapping[str, Any]], float]] = {
@@ -48,6 +48,7 @@ PARTS: dict[str, tuple[Callable[[Study], Mapping[str, Any]], float]] = {
     "overhead": (overhead, 20.0),
     "graphs": (graphs, 40.0),
     "levels": (levels, 40.0),
+    "loading": (loading, 30.0),
     "mps": (mps, 40.0),
     "leak": (leak, 40.0),
     "instances": (instances, 40.0),
@@ -61,13 +62,16 @@ def parse_options() -> argparse.Namespace:
         "--parts", default=",".join(PARTS), help="by comma, of " + ", ".join(PARTS) + " (default: all)"
     )
     parser.add_argument("--out", type=Path, help="default: perf/reports/h100 (run/dataplane-cpu on the CPU)")
-    parser.add_argument("--models", default=",".join(MODELS), help="by comma; default: %(default)s")
+    parser.add_argument("--models", default=",".join(KNOWN_MODELS), help="by comma; default: %(default)s")
     parser.add_argument("--models-dir", type=Path, default=ROOT / "run" / "models")
     parser.add_argument("--state", type=Path, default=ROOT / "run" / "dataplane", help="logs and scratch")
     parser.add_argument("--log", type=Path, help="all that is said, and the logs of what fails")
     parser.add_argument("--time-budget-s", type=float, default=540.0)
     parser.add_argument("--raw-seconds", type=float, default=0.6, help="for one figure of the raw loop")
     parser.add_argument("--cycles", type=int, default=100, help="load/unload cycles of the leak test")
+    parser.add_argument(
+        "--before", type=Path, metavar="DIR", help="a backend/dstack of another commit, beside `overhead`"
+    )
     parser.add_argument("--instances", type=int, default=24, help="of all models together")
     parser.add_argument("--provider", choices=["cuda", "cpu"], default="cuda", help="cpu: for trying out")
     parser.add_argument("--fresh", action="store_true", help="drop what earlier runs left in the report")
@@ -75,6 +79,8 @@ def parse_options() -> argparse.Namespace:
     unknown = [part for part in options.parts.split(",") if part not in PARTS]
     if unknown:
         parser.error(f"no part {unknown[0]!r}; there are {', '.join(PARTS)}")
+    if options.before and not (options.before / "model.py").is_file():
+        parser.error(f"--before {options.before}: there is no model.py; a backend/dstack folder is wanted")
     cpu = options.provider == "cpu"
     options.out = options.out or (ROOT / "run" / "dataplane-cpu" if cpu else REPORTS / "h100")
     if cpu and options.out.resolve().is_relative_to(REPORTS):
@@ -116,7 +122,7 @@ def main() -> int:
 
     try:
         export(study)
-        for name in [name for name in PARTS if name in wanted and study.models]:
+        for name in [name for name in wanted if study.models]:
             part, needs_s = PARTS[name]
             if name not in ONE_SERVER:
                 study.close()  # the others have the GPU to themselves

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import logging
+import signal
 import sys
 import threading
 from collections.abc import Callable, Mapping
@@ -51,6 +53,7 @@ class TritonPythonModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         log_to_triton()
+        faulthandler.register(signal.SIGUSR1)  # a stub that hangs says where, into Triton's log
         try:
             self._instance = Instance(args)
         except BackendError as error:

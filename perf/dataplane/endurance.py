@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import tempfile
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,17 +19,24 @@ from tritonclient.utils import InferenceServerException
 from dataplane.clients import Checked, CheckedClients, totals
 from dataplane.references import reference
 from dataplane.server import Server
+from dataplane.small_network import save_network
 from dataplane.speed import check_answers
 from dataplane.study import Study
 from dstack_backend.device import gpu_memory_used
+from dstack_backend.optimized import CACHE_VARIABLE
+from dstack_backend.session import ladder
 from dstack_sched.errors import MachineError
 
 SMALL_BATCH = 4  # few buckets to prepare: these parts load often
 SETTLE_S = 1.0  # the driver gives a dead process's memory back a moment later
 CHECKS_A_INSTANCE = 40
-LEAK_MODEL = "resnet50"  # the fastest to load
 LEAK_ABREAST = 10
+LEVELS_CYCLES, LEVELS_ABREAST = 9, 3  # of a real network that holds programs at several levels
+SLOWEST = "mobilenet_v2"  # to load: cuDNN compiles its convolutions
+LOAD_BATCH = 16
 MPS_MODELS = ("resnet50", "bert_base", "mobilenet_v2")
+PROGRAMS_LIMIT_S = 60.0
+LEVELS_NEED_S = 120.0  # of the time budget, left to the parts behind
 QUIET_BEFORE_S = 2.0
 QUIET_AFTER_S = 2.0  # without a failure, until all counts as well again
 RECOVERY_LIMIT_S = 75.0
@@ -106,28 +115,44 @@ def serve_some(study: Study, server: Server, name: str, count: int) -> None:
 
 
 def leak(study: Study) -> dict[str, Any]:
-    """Memory after many load/unload cycles of one model, ten models at a time.
-
-    The first round is not counted: Triton and the driver keep what they need for later loads.
+    """Memory after many load/unload cycles of a small network, which loads quickly, and after a few of a
+    large one with levels. What leaks does so by the load: sessions, graphs, contexts, shared memory, stubs.
     """
-    name = LEAK_MODEL if LEAK_MODEL in study.models else study.models[0]
-    names = [f"cycle_{n}" for n in range(min(LEAK_ABREAST, study.options.cycles))]
-    rounds = -(-study.options.cycles // len(names))
+    small = study.options.state / "small.onnx"
+    save_network(small)
     with Server(study.options.state / "leak", study.provider) as server:
-        for each in names:
-            server.add(each, study.path(name), batch_size=1, max_batch_size=SMALL_BATCH)
-        idle = memory(study, server)
-        series = [cycle(study, server, names, name)]
-        for number in range(1, rounds + 1):
-            if study.left_s() < 15:
-                study.problem(f"leak: only {number - 1} of {rounds} rounds, the time is up")
-                break
-            series.append(cycle(study, server, names, name))
-            study.say(f"leak: {number * len(names)} cycles: {growth(series[0], series[-1])}")
-    cycles = (len(series) - 1) * len(names)
+        found = {"model": "small", **cycles(study, server, small, study.options.cycles, LEAK_ABREAST)}
+        name = study.models[0]
+        if study.provider == "cuda" and study.left_s() > LEVELS_NEED_S:
+            found["with_levels"] = {
+                "model": name,
+                **cycles(study, server, study.path(name), LEVELS_CYCLES, LEVELS_ABREAST, levels="auto"),
+            }
+    return found
+
+
+def cycles(
+    study: Study, server: Server, path: Path, wanted: int, abreast: int, **more: str
+) -> dict[str, Any]:
+    """So many load/unload cycles of one model, some abreast. The first round is not counted: Triton and the
+    driver keep what they need for later loads.
+    """
+    names = [f"cycle_{path.stem}_{n}" for n in range(min(abreast, wanted))]
+    rounds = -(-wanted // len(names))
+    for each in names:
+        server.add(each, path, batch_size=1, max_batch_size=SMALL_BATCH, **more)
+    idle, began_s = memory(study, server), time.monotonic()
+    series = [cycle(study, server, names, path)]
+    for number in range(1, rounds + 1):
+        if study.left_s() < 15:
+            study.problem(f"leak: only {number - 1} of {rounds} rounds, the time is up")
+            break
+        series.append(cycle(study, server, names, path))
+        study.say(f"leak: {number * len(names)} cycles: {growth(series[0], series[-1])}")
     return {
-        "model": name,
-        "cycles": cycles,
+        "cycles": (len(series) - 1) * len(names),
+        "abreast": len(names),
+        "seconds_a_round": round((time.monotonic() - began_s) / len(series), 2),
         **growth(series[0], series[-1]),
         **{f"{key}_per_cycle": slope(series, key) / len(names) for key in ("device_bytes", "host_bytes")},
         "first_round": growth(idle, series[0]),
@@ -135,11 +160,11 @@ def leak(study: Study) -> dict[str, Any]:
     }
 
 
-def cycle(study: Study, server: Server, names: list[str], name: str) -> dict[str, int]:
+def cycle(study: Study, server: Server, names: list[str], path: Path) -> dict[str, int]:
     """Load all, one right answer of each, unload all; the memory afterwards."""
     server.load(*names)
     with ThreadPoolExecutor(len(names)) as pool:
-        list(pool.map(lambda each: check_answers(study, server, each, name, 1), names))
+        list(pool.map(lambda each: check_answers(server, each, path, 1), names))
     server.unload(*names)
     return memory(study, server)
 
@@ -148,6 +173,55 @@ def slope(series: list[dict[str, int]], key: str) -> float:
     """Growth a round over the second half of the rounds, by least squares; 0 where they are too few."""
     values = [each[key] for each in series[len(series) // 2 :]]
     return float(np.polyfit(range(len(values)), values, 1)[0]) if len(values) > 2 else 0.0
+
+
+def loading(study: Study) -> dict[str, Any]:
+    """Seconds until the network that takes longest answers: with an empty cache, with a full one, and the
+    seconds until all of its batch sizes have their programs."""
+    name = SLOWEST if SLOWEST in study.models else study.models[0]
+    found: dict[str, Any] = {"model": name, "batch_size": LOAD_BATCH}
+    with (
+        tempfile.TemporaryDirectory(prefix="dp-cache-") as cache,
+        cache_at(cache),
+        Server(study.options.state / "loading", study.provider) as server,
+    ):
+        server.add(name, study.path(name), batch_size=LOAD_BATCH)
+        for key in ("first", "again"):
+            began_s = time.monotonic()
+            server.load(name)
+            check_answers(server, name, study.path(name), 1)
+            found[f"{key}_s"] = round(time.monotonic() - began_s, 2)
+            found[f"{key}_all_programs_s"] = programs_s(study, server, name, began_s)
+            server.unload(name)
+            study.say(f"loading: {found}")
+    return found
+
+
+def programs_s(study: Study, server: Server, name: str, began_s: float) -> float | None:
+    """Seconds until every batch size has a CUDA graph, by the metrics; None: not so within a minute."""
+    wanted = len(ladder(LOAD_BATCH)) if study.provider == "cuda" else 0
+    while time.monotonic() - began_s < PROGRAMS_LIMIT_S:
+        values = server.metrics()
+        graphs = [
+            v for (metric, model, _), v in values.items() if (metric, model) == ("dstack_cuda_graphs", name)
+        ]
+        if graphs and max(graphs) >= wanted:
+            return round(time.monotonic() - began_s, 2)
+    return None
+
+
+@contextlib.contextmanager
+def cache_at(folder: str) -> Iterator[None]:
+    """A cache of the backend of its own, for what is started meanwhile."""
+    before = os.environ.get(CACHE_VARIABLE)
+    os.environ[CACHE_VARIABLE] = folder
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[CACHE_VARIABLE]
+        else:
+            os.environ[CACHE_VARIABLE] = before
 
 
 def mps(study: Study) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -245,6 +246,18 @@ class Server:
         return frozenset(
             each.pid for each in below if is_stub(each) and f"/{SEED_MODEL}/" not in str(cmdline(each))
         )
+
+    def say_where(self) -> None:
+        """Have every stub of the dstack backend write the stacks of its threads into Triton's log."""
+        for pid in self.stub_pids():
+            with contextlib.suppress(ProcessLookupError):
+                caught = next(
+                    int(line.split()[1], 16)
+                    for line in Path(f"/proc/{pid}/status").read_text().splitlines()
+                    if line.startswith("SigCgt")
+                )
+                if caught >> (signal.SIGUSR1 - 1) & 1:
+                    os.kill(pid, signal.SIGUSR1)
 
     def metrics(self) -> dict[tuple[str, str, str], float]:
         """Triton's metrics, fresh: (name, model, stage or instance) -> value, summed over the rest."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,9 @@ CUDA_MODEL = "resnet50"
 CUDA_CLIENT_S = 2.0
 GRAPH_MODELS = ("resnet50", "mobilenet_v2", "bert_base")
 PLAIN = "_without_graphs"
-FLOOR = "_floor"
+FLOOR, BUSY, BEFORE = "_floor", "_busy", "_before"
+TURNS = 3
+GRAPHS_LIMIT_S = 75.0  # of the part; rows that do not fit are said to be missing
 GRAPH_WINDOW_S = 0.4
 
 
@@ -34,14 +37,14 @@ def speed_server(study: Study) -> tuple[Server, list[str]]:
             server.add(name, study.path(name), batch_size=BATCH)
         took_s = study.each(study.models, lambda name: server.load(name)[name], together=True)
         study.say(f"loaded in s: {took_s}")
-        right = study.each(took_s, lambda name: check_answers(study, server, name, name, CHECK_ROWS))
+        right = study.each(took_s, lambda name: check_answers(server, name, study.path(name), CHECK_ROWS))
         study.shared_models = list(right)
     return study.shared, study.shared_models
 
 
-def check_answers(study: Study, server: Server, served: str, name: str, rows: int) -> float:
+def check_answers(server: Server, served: str, path: Path, rows: int) -> float:
     """How far the served answer is from the CPU provider's. Errors: MachineError where it is wrong."""
-    feeds, wanted = reference(study.path(name), rows)
+    feeds, wanted = reference(path, rows)
     error = relative_error(server.infer(served, feeds), wanted)
     if error > TOLERANCE:
         raise MachineError(
@@ -62,7 +65,7 @@ def served(study: Study) -> dict[str, Any]:
         found = {
             "client_batch_16": whole,
             "client_batch_1": best(study, server, name, 1, SINGLE_ROW_CONCURRENCY),
-            "relative_error": check_answers(study, server, name, name, BATCH),
+            "relative_error": check_answers(server, name, study.path(name), BATCH),
         }
         if name == CUDA_MODEL:
             found["cuda_shared_memory"] = with_cuda_memory(study, server, name)
@@ -137,12 +140,17 @@ def say(study: Study, name: str, loop: ClosedLoop) -> None:
 def overhead(study: Study) -> dict[str, Any]:
     """One client, one row at a time: latency, where it goes by stage (mean microseconds a request), and what
     of it Triton takes: the floor is a model of the same tensors in Triton's Python backend that answers at
-    once. The floor's throughput with 16 rows a request bounds what any Python-based backend can serve."""
+    once, or after a spin as long as the raw run. The floor's throughput with 16 rows a request bounds what
+    any Python-based backend can serve. --before: another commit's backend, by turns with this one."""
     server, names = speed_server(study)
     before = server.metrics()
     found = study.each(names, lambda name: perf_analyzer(server, name, concurrency=1).as_dict())
     after = server.metrics()
-    floors = study.each(found, lambda name: floor(server, name))
+    floors = study.each(found, lambda name: floor(study, server, name))
+    if study.options.before:
+        for name, row in study.each(list(found)[:1], lambda name: by_turns(study, server, name)).items():
+            found[name]["by_turns"] = row
+            study.say(f"{name}: by turns {row}")
     for name, row in found.items():
         row["stages_us"] = stage_means_us(before, after, name)
         row["floor"] = floors.get(name, {})
@@ -150,16 +158,48 @@ def overhead(study: Study) -> dict[str, Any]:
     return {"models": found}
 
 
-def floor(server: Server, name: str) -> dict[str, float]:
+def floor(study: Study, server: Server, name: str) -> dict[str, float]:
     """Latency of one client and throughput of 16-row clients, without any work of ours."""
-    server.add_floor(name + FLOOR, name, batch_size=BATCH)
-    server.load(name + FLOOR)
+    raw_ms = study.result("raw").get(name, {}).get("1", {}).get("device", {}).get("latency_ms_p50", 0.0)
+    names = {FLOOR: 0, BUSY: round(1000 * raw_ms)}
+    for suffix, busy_us in names.items():
+        server.add_floor(name + suffix, name, batch_size=BATCH, busy_us=busy_us)
+    server.load(*(name + suffix for suffix in names))
     try:
-        alone = perf_analyzer(server, name + FLOOR, concurrency=1)
+        alone, busy = (perf_analyzer(server, name + suffix, concurrency=1) for suffix in names)
         full = perf_analyzer(server, name + FLOOR, concurrency=WHOLE_BATCH_CONCURRENCY[0], client_batch=BATCH)
     finally:
-        server.unload(name + FLOOR)
-    return {"latency_ms_p50": alone.latency_ms_p50, "rows_per_s_client_batch_16": full.rows_per_s}
+        server.unload(*(name + suffix for suffix in names))
+    return {
+        "latency_ms_p50": alone.latency_ms_p50,
+        "busy_us": names[BUSY],
+        "busy_latency_ms_p50": busy.latency_ms_p50,
+        "rows_per_s_client_batch_16": full.rows_per_s,
+    }
+
+
+def by_turns(study: Study, server: Server, name: str) -> dict[str, Any]:
+    """p50 in ms of one client, round by round, through the backend that is here and the one of --before; and
+    the median of the ratios."""
+    other = name + BEFORE
+    server.add_backend(other, name, study.path(name), study.options.before, batch_size=BATCH)
+    server.load(other)
+    reading = server.metrics()
+    try:
+        rounds = [
+            [perf_analyzer(server, each, concurrency=1).latency_ms_p50 for each in (other, name)]
+            for _ in range(TURNS)
+        ]
+        stages_us = {each: stage_means_us(reading, server.metrics(), each) for each in (other, name)}
+    finally:
+        server.unload(other)
+    return {
+        "before_ms_p50": [before for before, _ in rounds],
+        "now_ms_p50": [now for _, now in rounds],
+        "now_over_before": round(float(np.median([now / before for before, now in rounds])), 4),
+        "stages_us_before": stages_us[other],
+        "stages_us_now": stages_us[name],
+    }
 
 
 def stage_means_us(
@@ -189,15 +229,23 @@ def graphs(study: Study) -> dict[str, Any]:
         server.load(name + PLAIN)
         return name + PLAIN
 
+    until_left_s = study.left_s() - GRAPHS_LIMIT_S
     plain = study.each(names, load_plain, together=True)
+    found: dict[str, dict[str, Any]] = {name: {} for name in plain}
     try:
-        found = study.each(
-            plain,
-            lambda name: {str(rows): with_and_without(study, server, name, rows) for rows in GRAPH_BATCHES},
-        )
+        for rows in GRAPH_BATCHES:
+            for name in plain:
+                if study.left_s() < until_left_s:
+                    study.problem(f"graphs: {name}, clients of {rows} rows: {GRAPHS_LIMIT_S:g} s are over")
+                    continue
+                row = study.try_one(name, lambda name, rows=rows: with_and_without(study, server, name, rows))
+                if row is not None:
+                    found[name][str(rows)] = row
     finally:
         server.unload(*plain.values())
-    return {"models": found}
+    if not any(found.values()):
+        raise MachineError("no row could be measured")
+    return {"models": {name: rows for name, rows in found.items() if rows}}
 
 
 def with_and_without(study: Study, server: Server, name: str, rows: int) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import argparse
 import json
 import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -20,6 +20,20 @@ from dstack_sched.errors import DstackError, MachineError
 from report import commit, now, write_report
 
 COMMAND = "make perf-h100-dataplane"
+KNOWN_MODELS = ("resnet50", "bert_base", "vgg19", "mobilenet_v2")
+
+
+def carried(before: Mapping[str, Any], part: dict[str, Any], models: Sequence[str]) -> dict[str, Any]:
+    """A part's result, with the rows of models that this run was not asked for: as an earlier run left them,
+    with its date and commit."""
+    if "error" in part or "error" in before:
+        return part
+    about = {key: before[key] for key in ("commit", "date") if key in before}
+    for rows, old in ((part, before), (part.get("models"), before.get("models"))):
+        for name in KNOWN_MODELS:
+            if isinstance(rows, dict) and isinstance(old, Mapping) and name in old and name not in models:
+                rows[name] = {"carried_from": about, **old[name]}
+    return part
 
 
 class Study:
@@ -91,6 +105,13 @@ class Study:
             raise MachineError(f"none of {', '.join(names)} could be measured")
         return found
 
+    def try_one(self, name: str, measure: Callable[[str], Any]) -> Any:
+        """What `measure` finds of one model; None, and a problem, where it fails."""
+        try:
+            return self.each([name], measure)[name]
+        except MachineError:  # each() has said why
+            return None
+
     def run(
         self,
         name: str,
@@ -113,7 +134,9 @@ class Study:
             self._note_logs()
             self.close()  # the next part starts afresh
         about = {"commit": commit(), "date": now(), "seconds": round(time.monotonic() - began_s, 1)}
-        self.parts[name] = {**about, **result}
+        self.parts[name] = carried(
+            self.parts.get(name, {}), {**about, **result}, self.options.models.split(",")
+        )
         finish()
 
     def close(self) -> None:

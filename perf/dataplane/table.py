@@ -127,6 +127,11 @@ def targets(study: Study, found: Mapping[str, Any]) -> dict[str, bool]:
         met[f"{found['leak']['cycles']} load/unload cycles leave memory as it was"] = all(
             found["leak"][key] <= LEAK_SLACK_BYTES for key in ("device_bytes", "host_bytes")
         )
+    levelled = study.result("leak").get("with_levels")
+    if levelled:
+        met[f"{levelled['cycles']} cycles with levels leave memory as it was"] = all(
+            levelled[key] <= LEAK_SLACK_BYTES for key in ("device_bytes", "host_bytes")
+        )
     for scenario, row in study.result("mps").get("scenarios", {}).items():
         met[f"{scenario} killed: all serving again, no wrong answer"] = bool(
             row["recovered"] and not row["wrong_answers"]
@@ -214,17 +219,26 @@ def overhead_table(study: Study, found: Mapping[str, Any]) -> list[str]:
             number(row["latency_ms_p50"], ".3f"),
             number((found["overhead_ms_p50"] or {}).get(model), ".3f"),
             number(floor_of(study, model).get("latency_ms_p50"), ".3f"),
+            number(floor_of(study, model).get("busy_latency_ms_p50"), ".3f"),
             *(number(row["stages_us"].get(stage)) for stage in stages),
         ]
         for model, row in models.items()
     ]
     head = ["model", "raw p50, ms", "raw with copies", "raw with pauses", "served p50, ms"]
-    head += ["served - raw, ms", "floor p50, ms", *(f"{stage}, us" for stage in stages)]
+    head += ["served - raw, ms", "floor p50, ms", "floor that spins", *(f"{stage}, us" for stage in stages)]
     text = (
         "One client, one row at a time; stages are means of the backend's own metrics. Raw with pauses:"
         " half a millisecond of sleep between runs, as the device idles between the requests of one client."
+        " The floor that spins answers after as long as the raw run takes: served less that is our own share."
     )
-    return ["## Latency of one client", "", text, "", *table(head, rows)] if rows else []
+    turns = [
+        f"- {model}: {row['by_turns']['now_over_before']} of what the backend of an earlier commit takes"
+        f" ({row['by_turns']['before_ms_p50']} and {row['by_turns']['now_ms_p50']} ms, by turns)"
+        for model, row in models.items()
+        if "by_turns" in row
+    ]
+    lines = ["## Latency of one client", "", text, "", *table(head, rows), *turns, *([""] if turns else [])]
+    return lines if rows else []
 
 
 def graphs_table(study: Study) -> list[str]:
@@ -295,12 +309,19 @@ def endurance_text(study: Study) -> list[str]:
             f" unloading {instances['processes_left']} processes,"
             f" {left['device_bytes'] / 2**20:+.1f} MiB device, {left['host_bytes'] / 2**20:+.1f} MiB host"
         ]
-    if leaked:
+    for each in filter(None, (leaked, leaked.get("with_levels"))):
         lines += [
-            f"- {leaked['cycles']} load/unload cycles: {leaked['device_bytes'] / 2**20:+.2f} MiB device,"
-            f" {leaked['host_bytes'] / 2**20:+.2f} MiB host"
-            f" ({leaked['host_bytes_per_cycle'] / 2**10:+.1f} KiB a cycle at the end),"
-            f" {leaked['open_files']:+d} files, {leaked['threads']:+d} threads"
+            f"- {each['model']}: {each['cycles']} load/unload cycles:"
+            f" {each['device_bytes'] / 2**20:+.2f} MiB device, {each['host_bytes'] / 2**20:+.2f} MiB host"
+            f" ({each['host_bytes_per_cycle'] / 2**10:+.1f} KiB a cycle at the end),"
+            f" {each['open_files']:+d} files, {each['threads']:+d} threads"
+        ]
+    loading = study.result("loading")
+    if loading:
+        lines += [
+            f"- {loading['model']} answers {loading['first_s']} s after its first load was asked for (all"
+            f" batch sizes {loading['first_all_programs_s']} s), {loading['again_s']} s"
+            f" ({loading['again_all_programs_s']} s) with what the cache remembers"
         ]
     for scenario, row in study.result("mps").get("scenarios", {}).items():
         lines += [

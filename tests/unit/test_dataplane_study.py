@@ -17,7 +17,7 @@ from dataplane import endurance
 from dataplane.clients import Checked, row_bytes
 from dataplane.references import relative_error
 from dataplane.speed import stage_means_us
-from dataplane.study import Study
+from dataplane.study import Study, carried
 from dataplane.table import figures, markdown
 from dstack_sched.errors import MachineError
 
@@ -138,6 +138,22 @@ def test_parts_of_earlier_runs_stay_unless_they_are_of_another_provider(tmp_path
     assert "raw" in make_study(tmp_path).parts
     assert make_study(tmp_path, fresh=True).parts == {}
     assert make_study(tmp_path, provider="cpu").parts == {}, "a dry run must not pass for a measurement"
+
+
+def test_models_that_a_run_was_not_asked_for_keep_their_rows_with_their_date(study: Study) -> None:
+    old = {"commit": "a", "date": "then", "models": {"resnet50": {"x": 1}, "vgg19": {"x": 2}}}
+    new = {"commit": "b", "date": "now", "models": {"resnet50": {"x": 3}}}
+    both = carried(old, dict(new, models=dict(new["models"])), ["resnet50"])
+    assert both["models"] == {
+        "resnet50": {"x": 3},
+        "vgg19": {"x": 2, "carried_from": {"commit": "a", "date": "then"}},
+    }
+    assert carried(old, dict(new, models={}), ["resnet50", "vgg19"])["models"] == {}, (
+        "what failed is not kept"
+    )
+    assert carried(old, {"error": "none"}, ["resnet50"]) == {"error": "none"}
+    rows = carried({"date": "then", "bert_base": {"1": {}}}, {"date": "now", "vgg19": {}}, ["vgg19"])
+    assert rows == {"date": "now", "vgg19": {}, "bert_base": {"1": {}, "carried_from": {"date": "then"}}}
 
 
 def test_stage_means_are_by_sample_where_samples_are_counted_else_by_request() -> None:
