@@ -1,10 +1,12 @@
 """Profile the eight standard models on this GPU and judge the profiles: `make perf-h100-profiles`.
 
-    python perf/h100_profiles.py [--out DIR] [--models a,b] [--time-budget-s 540] [--device cuda|cpu]
+    python perf/h100_profiles.py [--out DIR] [--models a,b] [--time-budget-s 560] [--device cuda|cpu]
 
-Steps: export with torch (what is not there yet), an adaptive profile of each model, an exhaustive grid of
-two as the reference, models side by side, and the figures. After each step everything known so far is
-written, so a run that is cut short leaves usable files, and running again goes on (--state keeps points).
+Steps: export with torch (what is not there yet), an adaptive profile of each model, models side by side,
+and the figures. Of two models, right after their adaptive profile and by the same workers: an exhaustive
+grid, and what the two would choose measured side by side, in turns. Every step has its share of the time,
+what one leaves goes to the next. After each step everything known so far is written, so a run that is cut
+short (a SIGTERM, too) leaves usable files, and running again goes on (--state keeps points).
 
 Writes into DIR: profiles.json (the profiles.json format, with the figures and how they were made beside),
 profiles.md (the tables) and profiles_exhaustive.json (the reference grids).
@@ -15,11 +17,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
-from contextlib import ExitStack
-from dataclasses import replace
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,29 +35,29 @@ from dstack_sched.adapters.onnx_graph import read_kernels
 from dstack_sched.adapters.probe import CorunSeat, ModelProbe, ProbeSettings, measure_corun
 from dstack_sched.adapters.profile_files import profiles_json, read_profiles, write_profiles
 from dstack_sched.adapters.profile_store import FileProfileStore, model_sha256
+from dstack_sched.app.corun_profiling import corun_batches, corun_percents, measure_coruns
 from dstack_sched.app.profiling import (
     ProfilingOptions,
     ProfilingResult,
     candidate_batches,
     candidate_percents,
-    corun_batches,
-    corun_percents,
-    measure_coruns,
     profile_model,
 )
 from dstack_sched.domain.profile import Device, ModelProfile, ProfileSet
 from dstack_sched.errors import DstackError, InputError, MachineError
 from dstack_sched.policy.sampling import corun_design
 from export_models import DEFAULT_MODELS, MODELS
-from profile_analysis import analyse, compare_with_grid, markdown
+from profile_analysis import SideBySide, analyse, markdown, side_by_side_places
 from report import REPORTS, ROOT, write_report
 
 COMMAND = "make perf-h100-profiles"
 EXHAUSTIVE_MODELS = ("resnet50", "mobilenet_v2")
-EXHAUSTIVE_PERCENTS = tuple(float(p) for p in range(10, 101, 10))
 MODEL_BUDGET_S = 50.0  # the target is 60 s a model, loading included
-RESERVE_S = 25.0  # for the figures at the end
+LEAST_MODEL_S = 10.0
+RESERVE_S = 15.0  # for the figures at the end
+GRID_S, CORUN_S = 62.0, 65.0  # what a reference grid with its side by side, and the co-runs, take on an H100
 EXPORT_LIMIT_S = 240.0
+CAP_S = 0.5
 
 
 class Study:
@@ -70,11 +73,43 @@ class Study:
         self.hashes: dict[str, str] = {}
         self.kernels: dict[str, Any] = {}
         self.references: dict[str, ModelProfile] = {}
-        self.timing: dict[str, Any] = {"command": COMMAND, "models_s": {}, "export_s": 0.0}
+        self.side_by_side: dict[str, SideBySide] = {}
+        self.timing: dict[str, Any] = {"command": COMMAND, "models_s": {}, "export_s": 0.0, "profiles_s": 0.0}
         self.problems: list[str] = []
+        self.earlier = self._earlier_timing()
+
+    def _earlier_timing(self) -> dict[str, Any]:
+        """The seconds that the files of an earlier run state."""
+        path = self.options.out / "profiles.json"
+        if not path.exists():
+            return {}
+        timing: dict[str, Any] = (
+            json.loads(path.read_text(encoding="utf-8")).get("figures", {}).get("timing", {})
+        )
+        return timing
 
     def left_s(self) -> float:
         return self.options.time_budget_s - RESERVE_S - (time.monotonic() - self.started_s)
+
+    def model_budget_s(self, name: str) -> float:
+        """This model's part of what the later steps leave, with an equal part for each model to come."""
+        to_come = self.names[self.names.index(name) :]
+        grids = len([n for n in to_come if n in self.options.exhaustive])
+        return min(MODEL_BUDGET_S, (self.left_s() - CORUN_S - GRID_S * grids) / len(to_come))
+
+    @contextmanager
+    def timed(self, phase: str, name: str = "") -> Iterator[None]:
+        """Seconds of a phase into the figures and onto stdout."""
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            seconds = round(time.monotonic() - started, 1)
+            if name:
+                self.timing.setdefault(phase, {})[name] = seconds
+            else:
+                self.timing[phase] = seconds
+            self.say(f"PHASE {phase} {name} {seconds} s".replace("  ", " "))
 
     def path(self, name: str) -> Path:
         return self.options.models_dir / f"{name}.onnx"
@@ -110,72 +145,79 @@ class Study:
             )
 
     def profile(self, settings: ProbeSettings) -> None:
-        """The adaptive profile of every model."""
-        started = time.monotonic()
+        """The adaptive profile of every model, the references first, and their grids."""
+        self.names.sort(key=lambda name: name not in self.options.exhaustive)
         for name in self.names:
-            if self.left_s() < 10:
+            budget_s = self.model_budget_s(name)
+            if budget_s < LEAST_MODEL_S:
                 self.problem(f"{name}: no time left to profile it")
                 continue
-            result = self._profile(name, settings, self.store, ())
-            if result:
-                self.device = result.device
-                self.hashes[name] = result.profile.sha256
-                self.timing["models_s"][name] = round(result.seconds, 1)
-                self.timing["profiles_s"] = round(time.monotonic() - started, 1)
-                self.write()
-
-    def exhaustive(self, name: str, settings: ProbeSettings) -> None:
-        """The full grid of one model, measured apart from its adaptive profile."""
-        if name not in self.hashes or self.left_s() < 20:
-            self.problem(f"{name}: no time left for the exhaustive grid")
-            return
-        percents = EXHAUSTIVE_PERCENTS if settings.provider == "cuda" else ()
-        result = self._profile(name, settings, self.grid_store, percents, exhaustive=True)
-        if result and self.device:
-            self.references[name] = result.profile
-            self.timing.setdefault("exhaustive_s", {})[name] = round(result.seconds, 1)
-            write_profiles(
-                self.options.out / "profiles_exhaustive.json", ProfileSet(self.device, dict(self.references))
-            )
+            try:
+                with ModelProbe(self.path(name), settings) as probe:
+                    self._adaptive(name, probe, budget_s)
+                    if name in self.options.exhaustive:
+                        self._reference(name, probe)
+            except DstackError as error:
+                self.problem(f"{name}: {error}")
             self.write()
 
-    def _profile(
-        self,
-        name: str,
-        settings: ProbeSettings,
-        store: FileProfileStore,
-        percents: tuple[float, ...],
-        exhaustive: bool = False,
-    ) -> ProfilingResult | None:
-        budget = self.left_s() if exhaustive else min(MODEL_BUDGET_S, self.left_s())
-        try:
-            self.kernels[name] = self.kernels.get(name) or read_kernels(self.path(name))
-            with ModelProbe(self.path(name), settings) as probe:
-                # All workers load together, the one that tells the device among them.
-                probe.start(percents or (candidate_percents(self.device) if self.device else (100.0,)))
-                device = probe.device()
-                result = profile_model(
-                    name,
-                    model_sha256(self.path(name)),
-                    probe,
-                    store,
-                    SystemClock(),
-                    ProfilingOptions(
-                        percents=percents,
-                        batches=self.options.batches or candidate_batches(device),
-                        time_budget_s=budget,
-                        exhaustive=exhaustive,
-                    ),
-                    self.kernels[name],
-                    lambda at: self.say(f"  {at.model}: {at.points} points, error {at.error:.1%}"),
-                )
-        except DstackError as error:
-            self.problem(f"{name}: {error}")
-            return None
+    def _adaptive(self, name: str, probe: ModelProbe, budget_s: float) -> None:
+        self.kernels[name] = read_kernels(self.path(name))
+        # All workers load together, the one that tells the device among them.
+        probe.start(candidate_percents(self.device) if self.device else (100.0,))
+        result = self._measured(name, probe, self.store, budget_s, exhaustive=False)
+        self.device = result.device
+        self.hashes[name] = result.profile.sha256
+        # A run that goes on where another was cut short counts the other's seconds, too.
+        earlier_s = self.earlier.get("models_s", {}).get(name, 0.0) if result.reused else 0.0
+        seconds = earlier_s + (result.seconds if result.measured else 0.0)
+        self.timing["models_s"][name] = round(seconds, 1)
+        self.timing["profiles_s"] = round(sum(self.timing["models_s"].values()), 1)
+
+    def _reference(self, name: str, probe: ModelProbe) -> None:
+        """The full grid, apart from the adaptive profile; then the places that the two would choose."""
+        if self.left_s() < LEAST_MODEL_S:
+            self.problem(f"{name}: no time left for the exhaustive grid")
+            return
+        assert self.device
+        with self.timed("exhaustive_s", name):
+            grid = self._measured(name, probe, self.grid_store, self.left_s(), exhaustive=True).profile
+        self.references[name] = grid
+        write_profiles(
+            self.options.out / "profiles_exhaustive.json", ProfileSet(self.device, dict(self.references))
+        )
+        with self.timed("side_by_side_s", name):
+            again = self.side_by_side[name] = SideBySide()
+            adaptive = self.store.get(self.hashes[name], self.device)
+            assert adaptive
+            for place in side_by_side_places(adaptive, grid):
+                if self.left_s() <= 0:
+                    self.problem(f"{name}: no time left to measure all choices side by side")
+                    break
+                again.add(probe.measure(*place))
+
+    def _measured(
+        self, name: str, probe: ModelProbe, store: FileProfileStore, budget_s: float, *, exhaustive: bool
+    ) -> ProfilingResult:
+        device = probe.device()
+        result = profile_model(
+            name,
+            model_sha256(self.path(name)),
+            probe,
+            store,
+            SystemClock(),
+            ProfilingOptions(
+                batches=self.options.batches or candidate_batches(device),
+                time_budget_s=budget_s,
+                exhaustive=exhaustive,
+            ),
+            self.kernels[name],
+            lambda at: self.say(f"  {at.model}: {at.points} points, error {at.error:.1%}"),
+        )
         for note in result.notes:
             self.problem(note)
         self.say(
-            f"{name}: {len(result.profile.points)} points in {result.seconds:.1f} s"
+            f"{name}: {len(result.profile.points)} points in {result.seconds:.1f} s of {budget_s:.0f} s"
             f" ({result.measured} measured), error {result.error:.1%}"
         )
         return result
@@ -222,10 +264,12 @@ class Study:
         content: dict[str, Any] = {k: v for k, v in profiles_json(profiles).items() if k != "version"}
         self.timing["total_s"] = round(time.monotonic() - self.started_s, 1)
         if final:
-            figures = analyse(profiles, self.references, self.kernels, self.timing)
+            with self.timed("figures_s"):
+                figures = analyse(profiles, self.references, self.kernels, self.timing, self.side_by_side)
             (self.options.out / "profiles.md").write_text(markdown(profiles, figures), encoding="utf-8")
         else:
             figures = {"timing": self.timing}
+        figures["side_by_side"] = {name: again.as_json() for name, again in self.side_by_side.items()}
         figures["problems"] = self.problems
         write_report(self.options.out / "profiles.json", COMMAND, {**content, "figures": figures})
 
@@ -242,11 +286,11 @@ def parse_options() -> argparse.Namespace:
         "--exhaustive", default=",".join(EXHAUSTIVE_MODELS), help="models of the reference grid"
     )
     parser.add_argument("--batch-sizes", default="", help="by comma; default: those that suit the device")
-    parser.add_argument("--time-budget-s", type=float, default=540.0)
+    parser.add_argument("--time-budget-s", type=float, default=560.0)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: a dry run")
     parser.add_argument("--analyse-only", action="store_true", help="figures anew from the files in --out")
-    parser.add_argument("--before", type=Path, help="with --analyse-only: an earlier run's files, judged too")
     options = parser.parse_args()
+    options.exhaustive = tuple(name for name in options.exhaustive.split(",") if name)
     options.batches = tuple(int(b) for b in options.batch_sizes.split(",") if b)
     return options
 
@@ -263,15 +307,12 @@ def analyse_only(study: Study) -> None:
             study.kernels[name] = read_kernels(study.path(name))
     content = json.loads((out / "profiles.json").read_text(encoding="utf-8"))
     before = content.pop("figures", {})
-    figures = analyse(profiles, study.references, study.kernels, before.get("timing", {}))
+    study.side_by_side = {
+        name: SideBySide.of_json(rows) for name, rows in before.get("side_by_side", {}).items()
+    }
+    figures = analyse(profiles, study.references, study.kernels, before.get("timing", {}), study.side_by_side)
     figures["problems"] = before.get("problems", [])
-    if study.options.before:
-        earlier = read_profiles(study.options.before / "profiles.json")
-        grids = read_profiles(study.options.before / "profiles_exhaustive.json").models
-        figures["run_before"] = {
-            name: compare_with_grid(earlier.models[name], grid, earlier.device, study.kernels.get(name, ()))
-            for name, grid in grids.items()
-        }
+    figures["side_by_side"] = before.get("side_by_side", {})
     head = {key: content[key] for key in ("commit", "date", "machine") if key in content}
     body = {k: v for k, v in content.items() if k not in ("version", "command", *head)}
     write_report(out / "profiles.json", COMMAND, {**body, **head, "figures": figures})
@@ -287,19 +328,15 @@ def main() -> int:
         analyse_only(study)
         return 0
     daemon = MpsDaemon(options.state / "mps.log")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM; what is known is written"))
     try:
         study.export()
         if options.device == "cuda" and not daemon.available():
             raise MachineError("no GPU with nvidia-cuda-mps-control here; use --device cpu for a dry run")
         environment = dict(daemon.start()) if options.device == "cuda" else {}
-        settings = ProbeSettings(options.device, environment=environment, cap_s=0.5)
+        settings = ProbeSettings(options.device, environment=environment, cap_s=CAP_S)
         study.profile(settings)
-        references = [name for name in options.exhaustive.split(",") if name in study.names]
-        for name in references[:1]:
-            study.exhaustive(name, replace(settings, cap_s=0.4))
         study.corun(settings)
-        for name in references[1:]:
-            study.exhaustive(name, replace(settings, cap_s=0.4))
     except (InputError, MachineError) as error:
         study.problem(str(error))
     finally:

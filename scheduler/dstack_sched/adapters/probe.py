@@ -259,7 +259,9 @@ def measure_corun(seats: Sequence[CorunSeat], window_s: float = 1.0) -> CorunPoi
     looping: list[Worker] = []
     try:
         for worker, seat in zip(workers, seats, strict=True):
-            worker.ask(do="loop", batch_size=seat.batch_size)
+            worker.send(do="loop", batch_size=seat.batch_size)
+        for worker in workers:  # they make themselves ready together
+            worker.receive()
             looping.append(worker)
         time.sleep(CORUN_SETTLE_S)
         for worker in workers:

@@ -6,21 +6,23 @@ known on this device costs nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
+from statistics import median
 
 from dstack_sched.domain.kernels import KernelWork
-from dstack_sched.domain.order import non_monotone
-from dstack_sched.domain.profile import CorunPoint, Device, Knee, LatencyFit, ModelProfile, ProfilePoint
+from dstack_sched.domain.order import non_monotone, ordered_by_trust
+from dstack_sched.domain.profile import Device, Knee, LatencyFit, ModelProfile, ProfilePoint
 from dstack_sched.errors import InputError
 from dstack_sched.policy.knee import knee_percent
 from dstack_sched.policy.latency import LatencySurface, fit_profile
+from dstack_sched.policy.runnable import CPU_DRIVER
 from dstack_sched.policy.sampling import (
-    CORUN_PERCENTS,
     Place,
-    decisive_places,
-    next_place,
+    most_unsure_place,
+    next_decisive,
     start_design,
     surface_error,
 )
@@ -28,13 +30,14 @@ from dstack_sched.ports import Clock, LatencyProbe, ProfileStore
 
 KNEE_BATCH = 16
 REPEAT_ROUNDS = 4
-MAX_CONFIRMED = 8
+GPU_MOST_TIMES = 8  # measuring what plans would be made of
+CPU_MOST_TIMES = 2
 MEMORY_RESERVE = 1.6  # larger batches need more than the first, and a device must not be filled
+PREPARED_BATCHES = 4  # the smallest: plans are seldom made of larger ones, and each costs seconds
 GOOD_PREDICTIONS = 8  # in a row, each made before its point was measured
 CPU_BATCHES = (1, 2, 4, 8)
 GPU_BATCHES = (1, 2, 4, 8, 16, 32)
 GPU_PERCENTS = tuple(float(p) for p in range(10, 101, 10))
-CPU_DRIVER = "cpu"
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,13 +87,6 @@ def candidate_percents(device: Device) -> tuple[float, ...]:
     return tuple(100.0 * count / device.sms for count in cores)
 
 
-def corun_percents(device: Device) -> tuple[float, ...]:
-    """GPU% of each model when measured side by side; on a CPU host those that are whole cores."""
-    if device.driver != CPU_DRIVER:
-        return CORUN_PERCENTS
-    return tuple(p for p in CORUN_PERCENTS if p * device.sms % 100 == 0)
-
-
 def candidate_batches(device: Device, max_batch_size: int | None = None) -> tuple[int, ...]:
     """Batch sizes worth measuring: powers of two that suit the device, up to the largest allowed."""
     usual = CPU_BATCHES if device.driver == CPU_DRIVER else GPU_BATCHES
@@ -127,8 +123,7 @@ def profile_model(
         run.prepare()
         run.measure_start()
         run.measure_on()
-        run.repair()
-        run.confirm()
+        run.settle()
     return run.result()
 
 
@@ -153,9 +148,12 @@ class _Run:
         known = store.get(sha256, self.device)
         self._profile = replace(known or ModelProfile(name, sha256, 0, ()), name=name)
         self._points = {(p.gpu_percent, p.batch_size): p for p in self._profile.points}
+        self._taken = {place: [point] for place, point in self._points.items()}
+        self._repairs: Counter[Place] = Counter()
         self._reused = len(self._points)
         self._measured = 0
         self._surprises: list[float] = []
+        self._known_error: float | None = None  # of the points as they are now
         self._notes: list[str] = []
         self.percents = options.percents or candidate_percents(self.device)
         self._batches = options.batches or candidate_batches(self.device)
@@ -168,7 +166,8 @@ class _Run:
         reached = max((batch for _, batch in self._points), default=0)
         if reached < self._batches[-1] or self._error() > self._options.target_error:
             return False
-        return all(place in self._points for place in self._decisive())
+        place = self._next_decisive()
+        return place is None or place in self._points
 
     def prepare(self) -> None:
         """Measure the cheapest place, drop the batches that would take too long, make the rest ready."""
@@ -178,9 +177,13 @@ class _Run:
         short = tuple(b for b in self._batches if slowest_ms * b / self._batches[0] <= self._options.limit_ms)
         self._drop(short or self._batches[:1], f"a run would take more than {self._options.limit_ms:g} ms")
         # What was measured is the model and what one batch size needs; each further size needs about as much.
-        expected = self._profile.memory_bytes * (1 + len(self._batches)) / 2 * MEMORY_RESERVE
-        fits = expected * len(self.percents) < self.device.memory_bytes
-        self._probe.prepare(self.percents, self._batches if fits else ())
+        alone_bytes = self._profile.memory_bytes / 2 * MEMORY_RESERVE * len(self.percents)
+        fits = [
+            b
+            for n, b in enumerate(self._batches[:PREPARED_BATCHES], 1)
+            if alone_bytes * (1 + n) < self.device.memory_bytes
+        ]
+        self._probe.prepare(self.percents, fits)
 
     def measure_start(self) -> None:
         """The start design, cheapest place first."""
@@ -189,38 +192,40 @@ class _Run:
                 self._measure(place)
 
     def measure_on(self) -> None:
-        """Measure where it tells the most, until done or out of time or places."""
-        while not self.done() and self._left_s() > 0:
-            if self._options.exhaustive:
+        """Measure where it tells the most, until all is known or the time is up."""
+        while self._left_s() > 0:
+            if (slow := self._out_of_order()) is not None:
+                self._repairs[slow] += 1
+                self._measure(slow, again=_faster)
+            elif self._options.exhaustive:
+                if not self._missing():
+                    return
                 self._measure(self._missing()[0])
-                continue
-            points = tuple(self._points.values())
-            place = next_place(points, self._candidates(), self._kernels, self.device.sms)
-            if place is None:
+            elif (place := self._next_decisive()) is not None or (place := self._next_unsure()) is not None:
+                self._measure_and_learn(place)
+            else:
                 return
-            self._measure_and_learn(place)
 
-    def confirm(self) -> None:
-        """Measure what plans would be made of a second time, later: a device drifts by percents."""
-        if self._options.exhaustive:
-            return
-        for place in [place for place in self._decisive() if place in self._points][:MAX_CONFIRMED]:
-            if self._left_s() <= 0:
-                return
-            self._measure(place, combine=_mean)
+    def _next_decisive(self) -> Place | None:
+        times = {place: len(points) for place, points in self._taken.items()}
+        most_times = CPU_MOST_TIMES if self.device.driver == CPU_DRIVER else GPU_MOST_TIMES
+        points = self._ordered()
+        return next_decisive(points, self._candidates(), times, self._error(), most_times)
 
-    def _decisive(self) -> list[Place]:
-        return decisive_places(tuple(self._points.values()), self._candidates())
+    def _next_unsure(self) -> Place | None:
+        if self._error() <= self._options.target_error:
+            return None
+        points = self._ordered()
+        return most_unsure_place(points, self._candidates(), self._kernels, self.device.sms)
 
-    def repair(self) -> None:
-        """Measure points again that break the order of latencies: what disturbs only ever adds, so the faster
-        of two measurements counts. A slow point that stays in the way is given up."""
-        for _ in range(REPEAT_ROUNDS):
-            slow_ones = {(slow.gpu_percent, slow.batch_size) for slow, _ in self._wrong()}
-            if not slow_ones or self._left_s() <= 0:
-                break
-            for place in sorted(slow_ones):
-                self._measure(place, combine=_faster)
+    def _out_of_order(self) -> Place | None:
+        """A point that breaks the order of latencies, to be measured again: what disturbs as much only ever
+        adds, so the faster of two counts."""
+        slow = ((slow.gpu_percent, slow.batch_size) for slow, _ in self._wrong())
+        return min((place for place in slow if self._repairs[place] < REPEAT_ROUNDS), default=None)
+
+    def settle(self) -> None:
+        """A slow point that stays in the way is given up."""
         while wrong := self._wrong():
             self._settle(*wrong[0])
             self._store_points()
@@ -243,6 +248,11 @@ class _Run:
             del self._points[place]
             self._notes.append(f"{told}; left out, is the device busy?")
 
+    def _ordered(self) -> tuple[ProfilePoint, ...]:
+        """The points as far as they are known: what was measured again and again outweighs what was not."""
+        times = {place: len(points) for place, points in self._taken.items()}
+        return ordered_by_trust(tuple(self._points.values()), times)
+
     def _wrong(self) -> list[tuple[ProfilePoint, ProfilePoint]]:
         return non_monotone(tuple(self._points.values()))
 
@@ -254,7 +264,7 @@ class _Run:
                 " batch sizes or time"
             )
         if self._measured or not (self._profile.fit and self._profile.knee):
-            self._profile = with_fit(replace(self._profile, points=tuple(self._points.values())))
+            self._profile = with_fit(replace(self._profile, points=self._ordered()))
             self._store.put(self._profile, self.device)
         return ProfilingResult(
             self._profile,
@@ -273,17 +283,23 @@ class _Run:
         return [place for place in self._candidates() if place not in self._points]
 
     def _measure_and_learn(self, place: Place) -> None:
-        """Measure a place, and keep how far the surface was off before it knew."""
-        expected_ms = float(LatencySurface("", tuple(self._points.values())).latency_ms(*place))
+        """Measure a place, and keep how far the surface was off before it knew it."""
+        if place in self._points:
+            self._measure(place, again=list)
+            return
+        expected_ms = float(LatencySurface("", self._ordered()).latency_ms(*place))
         self._measure(place)
         if place in self._points:
             self._surprises.append(abs(expected_ms / self._points[place].latency_ms_p50 - 1.0))
 
     def _error(self) -> float:
         """Of the surface as it stands; a run of good predictions counts more than one bad point left out."""
-        error = surface_error(tuple(self._points.values()), complete=not self._missing())
+        if self._known_error is None:
+            self._known_error = surface_error(
+                self._ordered(), complete=self._options.exhaustive or not self._missing()
+            )
         recent = self._surprises[-GOOD_PREDICTIONS:]
-        return min(error, max(recent)) if len(recent) == GOOD_PREDICTIONS else error
+        return min(self._known_error, max(recent)) if len(recent) == GOOD_PREDICTIONS else self._known_error
 
     def _left_s(self) -> float:
         return self._options.time_budget_s - (self._clock.now_us() - self._started_us) / 1e6
@@ -295,11 +311,11 @@ class _Run:
             self._notes.append(f"{self._profile.name}: batches of {dropped[0]} and more are left out: {why}")
 
     def _measure(
-        self, place: Place, combine: Callable[[ProfilePoint, ProfilePoint], ProfilePoint] | None = None
+        self, place: Place, again: Callable[[Sequence[ProfilePoint]], list[ProfilePoint]] | None = None
     ) -> None:
-        """Measure a place not known yet; or again, where `combine` says what two measurements mean."""
-        before = self._points.get(place)
-        if before is not None and combine is None:
+        """Measure a place not known yet; or once more, where `again` says which measurements count."""
+        taken = self._taken.get(place, [])
+        if taken and again is None:
             return
         try:
             point = self._probe.measure(*place)
@@ -308,8 +324,11 @@ class _Run:
                 raise
             self._drop(tuple(b for b in self._batches if b < place[1]), str(error))
             return
-        self._points[place] = combine(before, point) if before is not None and combine else point
+        self._taken[place] = again([*taken, point]) if again else [point]
+        self._points[place] = median_point(self._taken[place])
         self._measured += 1
+        if not taken:
+            self._known_error = None
         self._store_points()
         self._on_progress(
             Progress(self._profile.name, len(self._points), self._error(), max(0.0, self._left_s()))
@@ -321,68 +340,15 @@ class _Run:
         self._store.put(self._profile, self.device)
 
 
-def _faster(one: ProfilePoint, other: ProfilePoint) -> ProfilePoint:
-    return min(one, other, key=lambda point: point.latency_ms_p50)
+def _faster(points: Sequence[ProfilePoint]) -> list[ProfilePoint]:
+    return [min(points, key=lambda point: point.latency_ms_p50)]
 
 
-def _mean(one: ProfilePoint, other: ProfilePoint) -> ProfilePoint:
-    """Both medians count the same; the tail is the worse of the two."""
+def median_point(points: Sequence[ProfilePoint]) -> ProfilePoint:
+    """Measurements of one place as one point: the median of their medians, and of their tails."""
     return replace(
-        one,
-        latency_ms_p50=(one.latency_ms_p50 + other.latency_ms_p50) / 2,
-        latency_ms_p99=max(one.latency_ms_p99, other.latency_ms_p99),
-        samples=one.samples + other.samples,
+        points[0],
+        latency_ms_p50=median(point.latency_ms_p50 for point in points),
+        latency_ms_p99=median(point.latency_ms_p99 for point in points),
+        samples=sum(point.samples for point in points),
     )
-
-
-CorunRunner = Callable[[tuple[tuple[str, float, int], ...]], CorunPoint]
-
-
-def measure_coruns(
-    design: Iterable[tuple[tuple[str, float], ...]],
-    batches: dict[str, int],
-    run: CorunRunner,
-    store: ProfileStore,
-    device: Device,
-    hashes: dict[str, str],
-    left_s: Callable[[], float],
-    on_point: Callable[[CorunPoint], None] = lambda _: None,
-) -> tuple[CorunPoint, ...]:
-    """Measure models side by side, as far as the time goes; what is stored already is not measured again.
-
-    design: ((model, GPU%), ...) entries; batches: the batch size of each model. `run` measures one entry.
-    """
-    stored = {_setting(point): point for point in store.corun(device)}
-    names = {sha256: name for name, sha256 in hashes.items()}
-    found = []
-    for entry in design:
-        seats = tuple((name, percent, batches[name]) for name, percent in entry)
-        key = tuple(sorted((hashes[name], percent, batch) for name, percent, batch in seats))
-        point = stored.get(key)
-        if point is None:
-            if left_s() <= 0:
-                break
-            point = _renamed(run(seats), hashes)
-            store.put_corun([point], device)
-        found.append(_renamed(point, names))
-        on_point(found[-1])
-    return tuple(found)
-
-
-def _renamed(point: CorunPoint, names: dict[str, str]) -> CorunPoint:
-    return CorunPoint(tuple(replace(member, model=names[member.model]) for member in point.members))
-
-
-def _setting(point: CorunPoint) -> tuple[tuple[str, float, int], ...]:
-    return tuple(sorted((member.model, member.gpu_percent, member.batch_size) for member in point.members))
-
-
-def corun_batches(profiles: Iterable[ModelProfile], wanted: int = 8) -> dict[str, int]:
-    """For each model the measured batch size nearest below `wanted` (the smallest where none is)."""
-    return {
-        profile.name: max(
-            (p.batch_size for p in profile.points if p.batch_size <= wanted),
-            default=min(p.batch_size for p in profile.points),
-        )
-        for profile in profiles
-    }

@@ -20,14 +20,12 @@ from dstack_sched.adapters.probe import CorunSeat, ModelProbe, ProbeSettings, me
 from dstack_sched.adapters.profile_files import profiles_json, read_profile_file, write_profiles
 from dstack_sched.adapters.profile_import import read_csv
 from dstack_sched.adapters.profile_store import FileProfileStore, model_sha256
+from dstack_sched.app.corun_profiling import corun_batches, corun_percents, measure_coruns
 from dstack_sched.app.profiling import (
     ProfilingOptions,
     ProfilingResult,
     Progress,
     candidate_batches,
-    corun_batches,
-    corun_percents,
-    measure_coruns,
     profile_model,
     with_fit,
 )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from dstack_sched.domain.profile import ProfilePoint
 
@@ -26,3 +27,34 @@ def non_monotone(
         and slow.latency_ms_p50 > fast.latency_ms_p50 * (1 + tolerance)
     ]
     return sorted(pairs, key=lambda pair: pair[1].latency_ms_p50 / pair[0].latency_ms_p50)
+
+
+def ordered_by_trust(
+    points: Sequence[ProfilePoint], times: Mapping[tuple[float, int], int]
+) -> tuple[ProfilePoint, ...]:
+    """The points, those measured less often brought into the order that those measured more often keep.
+
+    times: how often each (GPU%, batch size) was measured. A single measurement that comes out slower than
+    a smaller share, measured five times, takes its latency; otherwise a repair of the order would take half
+    of the contradiction out of what is known well. Points measured equally often are left as they are.
+    """
+    kept: list[ProfilePoint] = []
+    for point in sorted(points, key=lambda p: -times[p.gpu_percent, p.batch_size]):
+        n = times[point.gpu_percent, point.batch_size]
+        surer = [other for other in kept if times[other.gpu_percent, other.batch_size] > n]
+        slower = [p.latency_ms_p50 for p in surer if _no_faster(p, point)]
+        faster = [p.latency_ms_p50 for p in surer if _no_faster(point, p)]
+        ms = max([min([point.latency_ms_p50, *slower]), *faster])
+        scale = ms / point.latency_ms_p50
+        kept.append(
+            replace(point, latency_ms_p50=ms, latency_ms_p99=point.latency_ms_p99 * scale)
+            if scale != 1.0
+            else point
+        )
+    place = {(p.gpu_percent, p.batch_size): p for p in kept}
+    return tuple(place[p.gpu_percent, p.batch_size] for p in points)
+
+
+def _no_faster(one: ProfilePoint, other: ProfilePoint) -> bool:
+    """Whether `one` has at most the GPU% and at least the batch of `other`."""
+    return one.gpu_percent <= other.gpu_percent and one.batch_size >= other.batch_size

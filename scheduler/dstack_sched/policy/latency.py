@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -118,14 +119,7 @@ class LatencySurface:
             grid = MonotoneGrid(p, b, p50, shape)
             self.repaired = float(np.abs(grid.repaired_ms / p50 - 1).max())
             self._p50 = grid
-        tail_shape = fit_posynomial(p, b, p99)
-        tail_error = float(np.abs(tail_shape(p, b) / p99 - 1).max())
-        self._p99 = tail_shape if tail_error <= MAX_FIT_ERROR else MonotoneGrid(p, b, p99, tail_shape)
-        error_p50, error_p99 = self.latency_ms(p, b) / p50 - 1, self.p99_ms(p, b) / p99 - 1
-        self.errors = tuple(
-            PointError(float(p[i]), int(b[i]), float(error_p50[i]), float(error_p99[i]))
-            for i in range(p.size)
-        )
+        self._measured = p, b, p50, p99
         self.unknown = self._unknown(p, b)
 
     @classmethod
@@ -146,7 +140,26 @@ class LatencySurface:
     @property
     def max_relative_error(self) -> float:
         """Largest miss of a measured p50 point by the surface in use."""
-        return max(abs(error.p50) for error in self.errors)
+        p, b, p50, _ = self._measured
+        return float(np.abs(self.latency_ms(p, b) / p50 - 1).max())
+
+    @cached_property
+    def errors(self) -> tuple[PointError, ...]:
+        """How well the surface in use meets each measured point."""
+        p, b, p50, p99 = self._measured
+        error_p50, error_p99 = self.latency_ms(p, b) / p50 - 1, self.p99_ms(p, b) / p99 - 1
+        return tuple(
+            PointError(float(p[i]), int(b[i]), float(error_p50[i]), float(error_p99[i]))
+            for i in range(p.size)
+        )
+
+    @cached_property
+    def _p99(self) -> Posynomial | MonotoneGrid:
+        """Made when first asked for: the profiler makes hundreds of surfaces and needs the medians only."""
+        p, b, _, p99 = self._measured
+        shape = fit_posynomial(p, b, p99)
+        error = float(np.abs(shape(p, b) / p99 - 1).max())
+        return shape if error <= MAX_FIT_ERROR else MonotoneGrid(p, b, p99, shape)
 
     def latency_ms(self, p: ArrayLike, b: ArrayLike) -> Array:
         """Median latency of one batch in ms at GPU% p, batch size b; the broadcast shape of both."""

@@ -8,7 +8,7 @@ be made of are measured themselves. How good the surface is, is told by leaving 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 
 import numpy as np
@@ -22,7 +22,9 @@ from dstack_sched.policy.parallelism import MIN_POINTS, fit_parallelism
 
 MIN_INNER_POINTS = 2
 LIMITS = (1.25, 2.0, 4.0, 8.0, 16.0, float("inf"))
-EFFICACY_MARGIN = 0.1  # twice the error of a good surface: efficacy squares latency
+NEAR = 0.03  # what a latency may be off by when a limit is judged
+DOUBT = (0.18, 0.3)  # how much better than predicted the efficacy of an unmeasured place may be
+REPEAT_DOUBT = 0.1  # twice what two single measurements of efficacies differ by on a quiet H100 (5%)
 CORUN_PERCENTS = (25.0, 50.0, 70.0, 100.0)
 Place = tuple[float, int]
 
@@ -65,38 +67,64 @@ def surface_error(points: Sequence[ProfilePoint], *, complete: bool = False) -> 
     return max(errors)
 
 
-def decisive_places(points: Sequence[ProfilePoint], candidates: Sequence[Place]) -> list[Place]:
-    """The candidates, measured or not, that plans may be made of, the most promising first.
+def promises(points: Sequence[ProfilePoint], candidates: Sequence[Place]) -> Array:
+    """How near each candidate comes to the best that a plan may choose: 1 for a place that is one, shape
+    (candidates,).
 
-    For each latency limit (LIMITS times the fastest run): the candidate of greatest predicted efficacy
-    b / (p f^2) within it, and those that come within EFFICACY_MARGIN of it.
+    A plan limits the latency by its SLO, and the batch size by the rate. For each latency limit (LIMITS times
+    the fastest run) and each largest batch size: the predicted efficacy b / (p f^2) over the greatest within
+    the limit; 0 beyond it, where a place that misses it by NEAR counts, too: it may be within.
     """
     p, b = (np.array(column, np.float64) for column in zip(*candidates, strict=True))
     latency_ms = LatencySurface("", points).latency_ms(p, b)
     efficacy = b / (p * latency_ms**2)
     promise = np.zeros(len(candidates))
-    for limit in LIMITS:
-        within = latency_ms <= limit * latency_ms.min()
-        promise = np.maximum(promise, np.where(within, efficacy / efficacy[within].max(), 0.0))
-    return [candidates[i] for i in np.argsort(-promise, kind="stable") if promise[i] >= 1.0 - EFFICACY_MARGIN]
+    for largest, limit in product(np.unique(b), LIMITS):
+        limit_ms = limit * latency_ms.min()
+        within = (b <= largest) & (latency_ms <= limit_ms)
+        if within.any():
+            near = (b <= largest) & (latency_ms <= limit_ms * (1.0 + NEAR))
+            promise = np.maximum(promise, np.where(near, efficacy / efficacy[within].max(), 0.0))
+    return promise
 
 
-def next_place(
+def next_decisive(
+    points: Sequence[ProfilePoint],
+    candidates: Sequence[Place],
+    times: Mapping[Place, int],
+    error: float,
+    most_times: int,
+) -> Place | None:
+    """The place to measure, or to measure again, that may most of all be better than what plans would be made
+    of; None when none is left that may.
+
+    times: how often each place was measured. Efficacy squares latency, so a place that was not measured may
+    be better than predicted by twice the `error` of the surface (held between DOUBT); one measured n times
+    by REPEAT_DOUBT / sqrt(n). The best of many measurements owes some of its lead to chance: it and its
+    rivals are measured again, in turns, as a device drifts, but no place more than `most_times`.
+    """
+    doubt = float(np.clip(2.0 * error, *DOUBT))
+    best: Place | None = None
+    most = 1.0
+    for place, promise in zip(candidates, promises(points, candidates), strict=True):
+        n = times.get(place, 0)
+        may_reach = promise + (REPEAT_DOUBT / np.sqrt(n) if n else doubt)
+        if n < most_times and may_reach > most:
+            best, most = place, may_reach
+    return best
+
+
+def most_unsure_place(
     points: Sequence[ProfilePoint], candidates: Iterable[Place], kernels: Sequence[KernelWork], sms: int
 ) -> Place | None:
-    """The candidate to measure next; None when all are measured.
+    """The candidate not measured yet where the predictors disagree most; None when all are measured.
 
-    A decisive place first; else where the predictors disagree most. points: at least MIN_POINTS. kernels may
-    be empty; sms: of the device.
+    points: at least MIN_POINTS. kernels may be empty; sms: of the device.
     """
     measured = {(point.gpu_percent, point.batch_size) for point in points}
-    everything = list(candidates)
-    open_places = [place for place in everything if place not in measured]
+    open_places = [place for place in candidates if place not in measured]
     if not open_places:
         return None
-    decisive = [place for place in decisive_places(points, everything) if place not in measured]
-    if decisive:
-        return decisive[0]
     return open_places[int(np.argmax(prediction_spread(points, open_places, kernels, sms)))]
 
 
