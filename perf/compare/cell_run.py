@@ -116,6 +116,7 @@ class CellRun:
         whole = whole or [Alternative.parse("mps-default")]
         deployment = self._fleet.get(whole[0])
         deployment.use(replace(whole[0], policy=None))
+        study.versions["triton"] = deployment.triton_version()
         for network, model in missing.items():
             study.solo_ms[network] = round(deployment.solo_ms(model, SOLO_S), 3)
         study.say("alone at the client, ms: " + ", ".join(f"{n} {study.solo_ms[n]}" for n in missing))

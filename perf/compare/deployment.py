@@ -117,6 +117,10 @@ class Deployment:
                 except ServerError as error:
                     raise ServerError(f"{self.alternative.name}: {model}: {error}") from error
 
+    def triton_version(self) -> str:
+        assert self.server is not None
+        return str(self.server.metadata()["version"])
+
     def change(self, served: Mapping[str, Served]) -> None:
         """Deploy the models anew as told, on the same server; those that stay as they are do not load."""
         changed = [model for model, how in served.items() if self.served.get(model) != how]

@@ -28,12 +28,14 @@ from dstack_sched.domain.workload import OnLate, Workload
 from dstack_sched.engine.registry import POLICIES
 from dstack_sched.errors import DstackError
 from dstack_sched.policy.latency import LatencySurface
+from dstack_sched.sim.scenario import TRITON_H100, Serving
 from dstack_sched.sim.study import Case, bounds_of, find_peak, make_case
 
 SIM_SECONDS = 4.0
 SIM_SEEDS = (1, 2)
 GUESS_SECONDS = 1.5
 SERVING_MS = 1.3  # what Triton and client add to a lone run (perf/reports/h100/dataplane.md): until measured
+PREPARE_MS = TRITON_H100.prepare_us / 1e3  # of that, what keeps the instance busy before its device starts
 PLAN_STEP = 1.25  # plans are made for rates this far apart; a trial gets that of the rate next above its own
 PLAN_RANGE = (0.6, 1.9)  # of the guess
 LEVELS_PERCENT = {"off": (), "auto": (25.0, 50.0, 100.0)}
@@ -192,7 +194,7 @@ def inside(profiles: ProfileSet, solo: Solo, workload: Workload) -> Workload:
     for demand in workload.models:
         network = network_of(demand.name)
         surface = LatencySurface.from_profile(profiles.models[network])
-        outside_ms = max(0.0, by_network[network] - float(surface.latency_ms(100.0, 1)))
+        outside_ms = max(0.0, by_network[network] - float(surface.latency_ms(100.0, 1)) - PREPARE_MS)
         assert demand.slo_ms is not None
         models.append(replace(demand, slo_ms=round(demand.slo_ms - outside_ms, 3)))
     return replace(workload, models=tuple(models))
@@ -207,10 +209,12 @@ def _workload(profiles: ProfileSet, cell: Cell, solo: Solo, rate_per_s: float) -
 def _case(
     profiles: ProfileSet, cell: Cell, solo: Solo, *, levels: tuple[float, ...] = (), plan: Plan | None = None
 ) -> Case:
-    """The simulator's case at a total rate of 1000/s. The SLOs are those inside."""
+    """The simulator's case at a total rate of 1000/s. The SLOs are those inside; of what serving costs only
+    that is left which keeps the instance busy."""
     return make_case(
         profiles_of(profiles, cell), _workload(profiles, cell, solo, 1000.0), levels=levels, plan=plan,
         arrivals=trace() if cell.arrivals == "trace" else None,
+        serving=Serving(outside_us=0, prepare_us=TRITON_H100.prepare_us),
     )  # fmt: skip
 
 

@@ -48,8 +48,9 @@ def write(document: Mapping[str, Any], directory: Path) -> Path:
         "# D-STACK against the alternatives, measured",
         "",
         f"Made by `{document['command']}` at commit {document['commit']}, {document['date']}, on "
-        f"{gpu['name'] or 'no GPU'} (driver {gpu['driver'] or '-'}), Triton {document['triton']}. "
-        "Raw figures: compare.json.",
+        f"{gpu['name'] or 'no GPU'} (driver {gpu['driver'] or '-'}), "
+        + ", ".join(f"{name} {version}" for name, version in sorted(document["versions"].items()))
+        + ". Raw figures: compare.json.",
         "",
         *METHOD.format(seconds=document["seconds"], seed=document["seed"]).splitlines(),
         "",

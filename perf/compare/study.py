@@ -11,12 +11,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import onnxruntime
+
 from compare.alternatives import Alternative
 from compare.cells import Cell
 from compare.gpu_watch import Nvml
 from compare.peak import PeakSearch, Trial
 from compare.planning import Planner
-from dstack_sched.adapters.server_install import find_server
 from dstack_sched.errors import DstackError, InputError
 from report import commit, now, write_report
 
@@ -43,6 +44,7 @@ class Study:
         self.searches: dict[str, Any] = known.get("static_searches", {})
         self.runs: list[dict[str, Any]] = known.get("runs", [])
         self.runs.append({"date": now(), "commit": commit(), "arguments": options.arguments})
+        self.versions: dict[str, str] = known.get("versions", {}) | {"onnxruntime": onnxruntime.__version__}
         self._gpu = known.get("gpu") or {"name": nvml.name(), "driver": nvml.driver()}
 
     def left_s(self) -> float:
@@ -98,12 +100,11 @@ class Study:
 
     def write(self) -> None:
         """compare.json, whole or not at all."""
-        install = find_server(None)
         write_report(
             self.path, COMMAND,
             {"device": self.options.device, "gpu": self._gpu, "attainment": ATTAINMENT, "seed": SEED,
              "seconds": self.options.seconds, "profiles": str(self.options.profiles.name),
-             "triton": install.binary.parent.parent.name, "runs": self.runs, "solo_ms": self.solo_ms,
+             "versions": self.versions, "runs": self.runs, "solo_ms": self.solo_ms,
              "cells": self.results, "static_searches": self.searches, "problems": self.problems},
         )  # fmt: skip
 
