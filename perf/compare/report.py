@@ -249,9 +249,11 @@ def solo_section(document: Mapping[str, Any]) -> list[str]:
 
 
 def pictures(cells: Mapping[str, Mapping[str, Result]], directory: Path) -> list[str]:
-    """The plots of every cell, drawn now."""
-    from compare import plots  # matplotlib takes a second to import: only where it is used
-
+    """The plots of every cell, drawn now; none on a GPU host without matplotlib (--predict draws them later)."""
+    try:
+        from compare import plots
+    except ImportError:
+        return ["No matplotlib here, no pictures.", ""]
     lines = ["## Pictures", ""]
     for key, cell in cells.items():
         known = {name: each for name, each in cell.items() if each["goodput_curve"]}

@@ -54,8 +54,8 @@ def compare(folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
     command = [
         sys.executable, str(ROOT / "perf" / "h100_compare.py"), "--device", "cpu", "--cells", "C-2:100",
         "--models-dir", str(folder), "--profiles", str(folder / "profiles.json"),
-        "--out", str(folder / "out"), "--work", str(folder / "work"), "--seconds", "0.5", "--warmup-s", "0.3", "--tolerance", "0.5",
-        "--static-search-s", "10", *more,
+        "--out", str(folder / "out"), "--work", str(folder / "work"), "--seconds", "0.5",
+        "--warmup-s", "0.3", "--tolerance", "0.5", "--static-search-s", "10", *more,
     ]  # fmt: skip
     return subprocess.run(command, capture_output=True, text=True, timeout=400)
 

@@ -206,7 +206,8 @@ def result(policy: str, peak_per_s: float, cell: str = "C-4:5:equal:poisson", **
 def document(*results: dict[str, Any]) -> dict[str, Any]:
     return {
         "command": "make perf-h100-compare", "commit": "abc", "date": "2026-01-01",
-        "versions": {"triton": "2.51"}, "gpu": {"name": "GPU", "driver": "1"}, "seconds": 3.0, "seed": 1, "solo_ms": {"m": 1.0},
+        "versions": {"triton": "2.51"}, "gpu": {"name": "GPU", "driver": "1"}, "seconds": 3.0, "seed": 1,
+        "solo_ms": {"m": 1.0},
         "runs": [{"date": "d", "commit": "abc", "arguments": ["--cells", "C-4:5"]}],
         "problems": ["a problem"], "static_searches": {}, "cells": list(results),
     }  # fmt: skip
