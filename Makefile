@@ -33,9 +33,17 @@ serve: setup models ## serve model_repository/ until interrupted
 doctor: setup ## check every needed part of this machine
 	$(BIN)/dstackctl doctor
 
+# Tests that start no server run beside those that do, and give way to them; what they say comes last.
+PYTEST := $(BIN)/python -m pytest -q -m "not gpu and not slow"
+PURE := tests/unit tests/property tests/sim
+
 .PHONY: test
+test: export OPENBLAS_NUM_THREADS = 1
 test: setup models ## pass the tests (those of a GPU and the long studies apart)
-	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not gpu and not slow"
+	@mkdir -p run; nice $(PYTEST) $(PURE) > run/pure-tests.log 2>&1 & pure=$$!; \
+	trap 'kill $$pure; exit 130' INT TERM; \
+	$(PYTEST) --durations=20 $(PURE:%=--ignore=%); real=$$?; \
+	wait $$pure; status=$$?; cat run/pure-tests.log; exit $$((real > status ? real : status))
 
 # A GPU host without network has all that is needed in its own Python: PYTHON_OF_GPU=python3 make test-gpu
 .PHONY: test-gpu
@@ -64,6 +72,10 @@ types: setup ## mypy
 .PHONY: perf-planning
 perf-planning: setup ## time of the batch and joint programs, and how it grows -> perf/reports/planning.json
 	$(BIN)/python perf/planning.py
+
+.PHONY: perf-profile-replay
+perf-profile-replay: setup ## the adaptive profiler on recorded H100 surfaces with noise -> perf/reports/profile_replay.json
+	$(BIN)/python perf/profile_replay.py
 
 .PHONY: perf-engine
 perf-engine: setup ## time of a decision and of a grant's round trip -> perf/reports/engine.json

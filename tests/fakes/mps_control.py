@@ -1,7 +1,8 @@
 """A program that speaks as nvidia-cuda-mps-control does, to be put first on PATH.
 
 Like the real one it runs in the foreground (-f) or behind (-d), keeps its pipe in $CUDA_MPS_PIPE_DIRECTORY,
-and answers commands on stdin. Its servers are what the test writes to servers.json in that directory:
+and answers commands on stdin; the file "asked" there has a line each. Its servers are what the test writes to
+servers.json in that directory:
 {"SERVER PID": {"status": "ACTIVE", "clients": [[pid, "GPU-uuid", "command"]]}}.
 """
 
@@ -50,6 +51,8 @@ if not alive():
     sys.exit("Cannot find MPS control daemon process")
 servers = json.loads((pipe / "servers.json").read_text()) if (pipe / "servers.json").exists() else {{}}
 words = sys.stdin.readline().split()
+with (pipe / "asked").open("a") as asked:
+    asked.write(words[0] + "\\n")
 if words[0] == "quit":
     pid = int(control.read_text())
     os.kill(pid, signal.SIGTERM)
@@ -90,3 +93,9 @@ def set_servers(pipe_dir: Path, servers: Mapping[int, Mapping[str, Any]]) -> Non
     temporary = pipe_dir / "servers.new"
     temporary.write_text(json.dumps({str(pid): dict(about) for pid, about in servers.items()}))
     temporary.rename(pipe_dir / "servers.json")
+
+
+def times_asked(pipe_dir: Path, command: str) -> int:
+    """How often the program has been asked this."""
+    asked = pipe_dir / "asked"
+    return asked.read_text().split().count(command) if asked.exists() else 0

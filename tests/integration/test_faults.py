@@ -24,7 +24,10 @@ MODELS = ("alpha", "beta")
 RATES = dict.fromkeys(MODELS, 20.0)
 SLO_MS = 250.0
 RECOVERED_WITHIN_S = 60.0
-CONTROLLER = ("--interval-s", 0.5, "--window-s", 6, "--cooldown-s", 3, "--triton-metrics", "127.0.0.1:1")
+CONTROLLER = (
+    "--interval-s", 0.5, "--window-s", 6, "--cooldown-s", 3, "--triton-metrics", "127.0.0.1:1",
+    "--time-budget-s", 1, "--target-error", 0.5,
+)  # fmt: skip
 Record = Callable[..., None]
 
 

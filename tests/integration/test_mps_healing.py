@@ -10,18 +10,16 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import psutil
 import pytest
 
-from dstack_sched.app.mps_guard import ASK_EVERY_S
 from fakes.gpu_site import is_mps, model_of
 from fakes.gpus import NVML_DIR, write_host
 from fakes.load import Load, all_grow, wait_until
-from fakes.mps_control import install_control, set_servers
+from fakes.mps_control import install_control, set_servers, times_asked
 from fakes.onnx_models import SlowSum
 from fakes.site import Served, Site
 
@@ -94,9 +92,10 @@ def runs_control(process: psutil.Process) -> bool:
     return script or is_mps(process, "-f")
 
 
-@pytest.fixture
-def host(tmp_path: Path) -> Iterator[Host]:
-    host = Host(tmp_path)
+@pytest.fixture(scope="module")
+def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
+    """Every test leaves it with two models served and a daemon that tells of no clients in fault."""
+    host = Host(tmp_path_factory.mktemp("mps"))
     try:
         host.start()
         yield host
@@ -129,7 +128,13 @@ def test_a_killed_daemon_is_started_again_and_its_hanging_clients_are_replaced(
     first = host.daemon().pid
     with Load(host.url, host.models) as load:
         load.wait_for(20)
-        time.sleep(ASK_EVERY_S + 1.5)  # the guard shows nothing while all is well
+        # The guard shows nothing while all is well. Once it asks again it knows what it was told before.
+        known = times_asked(host.pipe_dir, "ps") + 2
+        wait_until(
+            "the guard knows the clients",
+            lambda: times_asked(host.pipe_dir, "ps") >= known,
+            HEALED_WITHIN_S,
+        )
         server.kill()
         server.wait()
         host.daemon().send_signal(signal.SIGKILL)
@@ -139,9 +144,11 @@ def test_a_killed_daemon_is_started_again_and_its_hanging_clients_are_replaced(
     assert not [why for why in load.failed() if "wrong answer" in why]
     told = reasons(host, "mps_dead")
     assert any("ended 2 backends that hung without their MPS server" in each for each in told), told
-    assert any("MPS clients" in each and "well again after" in each for each in told), (
-        "time to recover is logged"
-    )
+    wait_until("the time to recover is logged", lambda: recovery_told(host))
+
+
+def recovery_told(host: Host) -> bool:
+    return any("MPS clients" in each and "well again after" in each for each in reasons(host, "mps_dead"))
 
 
 def fresh(host: Host, before: Mapping[int, str]) -> bool:

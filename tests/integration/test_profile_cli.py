@@ -41,6 +41,8 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
         root / "p.json",
         "--corun",
         "--json",
+        "--time-budget-s",
+        2,
     )
     (root / "out.json").write_text(out.stdout)
     return root
