@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from dstack_backend import settings
 from dstack_sched.adapters.edit_journal import FileEditJournal
 from dstack_sched.adapters.repository import DiskRepository
-from dstack_sched.app.apply import Applier, stated_plan
+from dstack_sched.app.apply import Applier, has_levels, stated_plan
 from dstack_sched.app.changes import Reach
 from dstack_sched.app.edits import ConfigEdits
+from dstack_sched.domain.model_config import InstanceGroup, ModelConfig
 from dstack_sched.domain.plan import ModelPlan, Plan, Replica
 from dstack_sched.errors import InputError, MachineError
 from fakes.serving import FakeClock, FakeServer
@@ -396,6 +398,19 @@ def test_a_share_is_a_load_unless_the_model_has_levels(world: World) -> None:
     assert {each.model: each.action for each in report.outcomes} == {"detect": "told", "voice": "reloaded"}
     assert world.server.loads == ["voice"]
     assert '"gpu_percent" value { string_value: "20" }' in str(world.repository.read_config("detect"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "default", "told"), [("GPU", "auto", True), ("CPU", "auto", False), ("GPU", "off", False)]
+)
+def test_the_default_of_levels_is_the_backend_s(
+    monkeypatch: pytest.MonkeyPatch, kind: str, default: str, told: bool
+) -> None:
+    """Else a plan would be told to instances that cannot follow it, or loaded where telling is enough."""
+    monkeypatch.setattr(settings, "LEVELS_DEFAULT", default)
+    assert has_levels(ModelConfig(instance_groups=(InstanceGroup(f"KIND_{kind}"),))) is told
+    assert not has_levels(ModelConfig(parameters={"levels": "off"}))
+    assert has_levels(ModelConfig(parameters={"levels": "25,50"}))
 
 
 def test_files_that_need_no_load_are_put_back_when_a_load_fails(world: World) -> None:

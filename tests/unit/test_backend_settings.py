@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from dstack_backend import settings as backend
 from dstack_backend.errors import ModelError
 from dstack_backend.mps_limits import MPS_MEMORY, limit_memory
 from dstack_backend.settings import Settings, model_path, parse_settings
@@ -80,6 +81,13 @@ def test_the_bound_goes_into_the_environment_of_mps(
 )
 def test_levels(text: str, levels: tuple[float, ...]) -> None:
     assert settings(kind="GPU", levels=text).cuda["levels"] == levels
+
+
+def test_the_readme_and_the_settings_agree_on_the_default_of_levels(monkeypatch: pytest.MonkeyPatch) -> None:
+    readme = (Path(backend.__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    assert f"| `levels` | `{backend.LEVELS_DEFAULT}` |" in readme
+    monkeypatch.setattr(backend, "LEVELS_DEFAULT", "auto")
+    assert settings(kind="GPU").cuda["levels"] == backend.AUTO_LEVELS
 
 
 @pytest.mark.parametrize(

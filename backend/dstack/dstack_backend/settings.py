@@ -48,6 +48,7 @@ ONNXRUNTIME_PARAMETERS = frozenset(
 CONV_SEARCHES = ("EXHAUSTIVE", "HEURISTIC", "DEFAULT")
 CONV_LAYOUTS = ("auto", "nchw", "nhwc")
 AUTO_LEVELS = (25.0, 50.0, 100.0)
+LEVELS_DEFAULT = "off"  # or "auto": decision 0068 names the figure that decides. The controller reads this
 MAX_LEVELS = 16
 DEFAULT_MODEL_FILE = "model.onnx"
 MAX_SLO_MS = 3_600_000
@@ -198,7 +199,7 @@ class _Reader:
 
     def levels(self) -> tuple[float, ...]:
         """GPU percentages, rising; none for "off"."""
-        text = self.texts.get("levels", "").lower()
+        text = self.texts.get("levels", LEVELS_DEFAULT).lower()
         if text in ("", "off"):
             return ()
         if text == "auto":

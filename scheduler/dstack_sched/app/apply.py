@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from dstack_backend import settings
 from dstack_sched.app.changes import Reach
 from dstack_sched.app.edits import ConfigEdits, Done, Step
 from dstack_sched.domain.change import Action, ApplyReport, ConfigEdit, ModelOutcome
@@ -144,8 +145,13 @@ def _placement(row: ModelPlan, config: ModelConfig) -> dict[str, Any]:
 
 
 def has_levels(config: ModelConfig) -> bool:
-    """Whether the model's instances take any share from batch to batch (backend parameter `levels`)."""
-    return config.parameters.get("levels", "off") != "off"
+    """Whether the model's instances take any share from batch to batch (backend parameter `levels`; where it
+    is not stated, the backend's default, which is for GPUs)."""
+    stated = config.parameters.get("levels")
+    if stated is None:
+        on_cpu = {group.kind for group in config.instance_groups} == {"KIND_CPU"}
+        return settings.LEVELS_DEFAULT != "off" and not on_cpu
+    return stated != "off"
 
 
 class Applier:
