@@ -249,7 +249,7 @@ def solo_section(document: Mapping[str, Any]) -> list[str]:
 
 
 def pictures(cells: Mapping[str, Mapping[str, Result]], directory: Path) -> list[str]:
-    """The plots of every cell, drawn now; none on a GPU host without matplotlib (--predict draws them later)."""
+    """The plots of every cell, drawn now; none without matplotlib (--predict draws them later, elsewhere)."""
     try:
         from compare import plots
     except ImportError:
