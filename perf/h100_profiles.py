@@ -6,7 +6,8 @@ Steps: export with torch (what is not there yet), an adaptive profile of each mo
 and the figures. Of two models, right after their adaptive profile and by the same workers: an exhaustive
 grid, and what the two would choose measured side by side, in turns. Every step has its share of the time,
 what one leaves goes to the next. After each step everything known so far is written, so a run that is cut
-short (a SIGTERM, too) leaves usable files, and running again goes on (--state keeps points).
+short (a SIGTERM, too) leaves usable files, and running again goes on (--state keeps points). Models side by
+side may be left to a second command (--corun-only).
 
 Writes into DIR: profiles.json (the profiles.json format, with the figures and how they were made beside),
 profiles.md (the tables) and profiles_exhaustive.json (the reference grids).
@@ -55,7 +56,8 @@ EXHAUSTIVE_MODELS = ("resnet50", "mobilenet_v2")
 MODEL_BUDGET_S = 50.0  # the target is 60 s a model, loading included
 LEAST_MODEL_S = 10.0
 RESERVE_S = 15.0  # for the figures at the end
-GRID_S, CORUN_S = 62.0, 65.0  # what a reference grid with its side by side, and the co-runs, take on an H100
+GRID_S = 62.0  # what a reference grid and its winners side by side take on an H100
+CORUN_S = 40.0  # with less time left, co-runs are left to a second command
 EXPORT_LIMIT_S = 240.0
 CAP_S = 0.5
 
@@ -95,7 +97,7 @@ class Study:
         """This model's part of what the later steps leave, with an equal part for each model to come."""
         to_come = self.names[self.names.index(name) :]
         grids = len([n for n in to_come if n in self.options.exhaustive])
-        return min(MODEL_BUDGET_S, (self.left_s() - CORUN_S - GRID_S * grids) / len(to_come))
+        return min(MODEL_BUDGET_S, (self.left_s() - GRID_S * grids) / len(to_come))
 
     @contextmanager
     def timed(self, phase: str, name: str = "") -> Iterator[None]:
@@ -224,8 +226,10 @@ class Study:
 
     def corun(self, settings: ProbeSettings) -> None:
         """Models side by side, for the interference model and the capacity."""
-        if not self.device or self.left_s() < 30:
-            self.problem("no time left to measure models side by side")
+        if not self.device or self.left_s() < CORUN_S:
+            self.say(
+                "no time left for models side by side: run again with --corun-only, same --out and --state"
+            )
             return
         started = time.monotonic()
         profiles = self.store.export(self.device, self.hashes)
@@ -288,6 +292,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--batch-sizes", default="", help="by comma; default: those that suit the device")
     parser.add_argument("--time-budget-s", type=float, default=560.0)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: a dry run")
+    parser.add_argument("--corun-only", action="store_true", help="after a run that had no time left for it")
     parser.add_argument("--analyse-only", action="store_true", help="figures anew from the files in --out")
     options = parser.parse_args()
     options.exhaustive = tuple(name for name in options.exhaustive.split(",") if name)
@@ -295,8 +300,8 @@ def parse_options() -> argparse.Namespace:
     return options
 
 
-def analyse_only(study: Study) -> None:
-    """Figures and tables again, from the files of an earlier run."""
+def earlier_run(study: Study) -> tuple[ProfileSet, dict[str, Any]]:
+    """What the files in --out hold, into the study; the profiles, and the content beside them."""
     out = study.options.out
     profiles = read_profiles(out / "profiles.json")
     study.device = profiles.device
@@ -305,11 +310,33 @@ def analyse_only(study: Study) -> None:
     for name in profiles.models:
         if study.path(name).exists():
             study.kernels[name] = read_kernels(study.path(name))
-    content = json.loads((out / "profiles.json").read_text(encoding="utf-8"))
-    before = content.pop("figures", {})
+    content: dict[str, Any] = json.loads((out / "profiles.json").read_text(encoding="utf-8"))
+    before = content.get("figures", {})
     study.side_by_side = {
         name: SideBySide.of_json(rows) for name, rows in before.get("side_by_side", {}).items()
     }
+    return profiles, content
+
+
+def corun_only(study: Study, settings: ProbeSettings) -> None:
+    """Models side by side, with the profiles of an earlier run, as they are."""
+    profiles, content = earlier_run(study)
+    study.hashes = {name: model.sha256 for name, model in profiles.models.items()}
+    assert study.device
+    known = [name for name, sha256 in study.hashes.items() if study.store.get(sha256, study.device)]
+    if known != list(study.hashes) or any(not study.path(name).exists() for name in known):
+        raise InputError(f"{study.options.state}, {study.options.models_dir}: not those of the run in --out")
+    before = content.get("figures", {})
+    study.timing = before.get("timing", study.timing)
+    study.problems = before.get("problems", [])
+    study.corun(settings)
+
+
+def analyse_only(study: Study) -> None:
+    """Figures and tables again, from the files of an earlier run."""
+    out = study.options.out
+    profiles, content = earlier_run(study)
+    before = content.pop("figures", {})
     figures = analyse(profiles, study.references, study.kernels, before.get("timing", {}), study.side_by_side)
     figures["problems"] = before.get("problems", [])
     figures["side_by_side"] = before.get("side_by_side", {})
@@ -330,13 +357,17 @@ def main() -> int:
     daemon = MpsDaemon(options.state / "mps.log")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM; what is known is written"))
     try:
-        study.export()
+        if not options.corun_only:
+            study.export()
         if options.device == "cuda" and not daemon.available():
             raise MachineError("no GPU with nvidia-cuda-mps-control here; use --device cpu for a dry run")
         environment = dict(daemon.start()) if options.device == "cuda" else {}
         settings = ProbeSettings(options.device, environment=environment, cap_s=CAP_S)
-        study.profile(settings)
-        study.corun(settings)
+        if options.corun_only:
+            corun_only(study, settings)
+        else:
+            study.profile(settings)
+            study.corun(settings)
     except (InputError, MachineError) as error:
         study.problem(str(error))
     finally:

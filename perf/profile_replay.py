@@ -1,6 +1,6 @@
 """The adaptive profiler replayed on recorded H100 surfaces with noise: `make perf-profile-replay`.
 
-    python perf/profile_replay.py [--seeds 40] [--models a,b] [--time-budget-s 41] [--out FILE]
+    python perf/profile_replay.py [--seeds 40] [--models a,b] [--time-budget-s 48] [--out FILE]
 
 What is real: the profiler, the comparison of `profile_analysis`, and the surfaces: models whose whole grid
 was measured on the H100 (the mean of what two runs found at each place is taken as the truth). What is made
@@ -244,7 +244,7 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--models", default=",".join(COSTS))
     parser.add_argument("--noise", type=float, default=1.0, help="times the noise that was seen")
-    parser.add_argument("--time-budget-s", type=float, default=41.0)
+    parser.add_argument("--time-budget-s", type=float, default=48.0)
     parser.add_argument("--out", type=Path, default=REPORTS / "profile_replay.json")
     options = parser.parse_args()
     device, surfaces = recorded(REPORTS / "h100")

@@ -337,3 +337,19 @@ def test_instances_that_are_held_stay_as_many():
 def test_a_share_that_is_held_is_planned_with():
     plan = cpu_plan(20.0, 10.0, held={"a": (100.0, 1)})
     assert plan.models["a"].gpu_percent == 100.0
+
+
+def test_models_that_all_have_levels_are_promised_what_was_measured_side_by_side():
+    """The capacity is the device's, however shares are enforced; without co-runs nothing beyond 100 is known."""
+    profiles = h100_profiles()
+    shares = (12.0, 24.0, 48.0, 91.0)
+    leveled = dataclasses.replace(
+        profiles, models={n: dataclasses.replace(m, levels=shares) for n, m in profiles.models.items()}
+    )
+    most = PlanOptions(maximize_headroom=True)
+    plan = make_plan(leveled, workload(), most)
+    recompute(plan, leveled)
+    assert plan.capacity_percent == 200.0
+    assert {row.gpu_percent for row in plan.models.values()} <= set(shares)
+    alone = make_plan(dataclasses.replace(leveled, corun=()), workload(), most)
+    assert alone.capacity_percent == 100.0
