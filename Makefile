@@ -48,7 +48,8 @@ test: setup models ## pass the tests (those of a GPU and the long studies apart)
 # A GPU host without network has all that is needed in its own Python: PYTHON_OF_GPU=python3 make test-gpu
 .PHONY: test-gpu
 test-gpu: $(if $(PYTHON_OF_GPU),,setup) ## the tests that need an NVIDIA GPU
-	$(or $(PYTHON_OF_GPU),$(BIN)/python) -m pytest -q -m "gpu and not slow" tests/gpu
+	$(or $(PYTHON_OF_GPU),$(BIN)/python) -m pytest -q -m "gpu and not slow" --timeout=90 \
+	  -o faulthandler_timeout=75 tests/gpu
 
 .PHONY: test-faults
 test-faults: setup ## every fault on a real Triton under load; figures in run/faults.json

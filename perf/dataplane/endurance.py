@@ -16,7 +16,7 @@ import numpy as np
 import psutil
 from tritonclient.utils import InferenceServerException
 
-from dataplane.clients import Checked, CheckedClients, totals
+from dataplane.clients import Checked, CheckedClients, perf_analyzer, totals
 from dataplane.references import reference
 from dataplane.server import Server
 from dataplane.small_network import save_network
@@ -34,6 +34,7 @@ LEAK_ABREAST = 10
 LEVELS_CYCLES, LEVELS_ABREAST = 9, 3  # of a real network that holds programs at several levels
 SLOWEST = "mobilenet_v2"  # to load: cuDNN compiles its convolutions
 LOAD_BATCH = 16
+SEARCH_NEEDS_S = 130.0  # of the time budget, for the second round of `loading` and the parts behind it
 MPS_MODELS = ("resnet50", "bert_base", "mobilenet_v2")
 PROGRAMS_LIMIT_S = 60.0
 LEVELS_NEED_S = 120.0  # of the time budget, left to the parts behind
@@ -176,30 +177,44 @@ def slope(series: list[dict[str, int]], key: str) -> float:
 
 
 def loading(study: Study) -> dict[str, Any]:
-    """Seconds until the network that takes longest answers: with an empty cache, with a full one, and the
-    seconds until all of its batch sizes have their programs."""
+    """Seconds until the network that takes longest answers, with an empty cache and with a full one, and
+    until all of its batch sizes have their programs; the same with cuDNN's fallback list of algorithms, which may
+    need no compiling, and what either serves."""
     name = SLOWEST if SLOWEST in study.models else study.models[0]
-    found: dict[str, Any] = {"model": name, "batch_size": LOAD_BATCH}
     with (
         tempfile.TemporaryDirectory(prefix="dp-cache-") as cache,
         cache_at(cache),
         Server(study.options.state / "loading", study.provider) as server,
     ):
-        server.add(name, study.path(name), batch_size=LOAD_BATCH)
-        for key in ("first", "again"):
-            began_s = time.monotonic()
-            server.load(name)
-            check_answers(server, name, study.path(name), 1)
-            found[f"{key}_s"] = round(time.monotonic() - began_s, 2)
-            found[f"{key}_all_programs_s"] = programs_s(study, server, name, began_s)
-            server.unload(name)
-            study.say(f"loading: {found}")
+        found = {"model": name, "batch_size": LOAD_BATCH, **load_times(study, server, name)}
+        if study.left_s() > SEARCH_NEEDS_S:
+            found["conv_algo_search_default"] = load_times(study, server, name, conv_algo_search="DEFAULT")
     return found
 
 
-def programs_s(study: Study, server: Server, name: str, began_s: float) -> float | None:
+def load_times(study: Study, server: Server, model: str, **more: str) -> dict[str, Any]:
+    """See loading(). more: parameters of the backend."""
+    found: dict[str, Any] = {}
+    name = "_".join([model, *more.values()]).lower()
+    server.add(name, study.path(model), batch_size=LOAD_BATCH, **more)
+    for key in ("first", "again"):
+        began_s = time.monotonic()
+        server.load(name)
+        check_answers(server, name, study.path(model), 1)
+        found[f"{key}_s"] = round(time.monotonic() - began_s, 2)
+        found[f"{key}_all_programs_s"] = programs_s(server, name, study.provider, began_s)
+        if key == "again":
+            for rows, concurrency in ((1, 1), (LOAD_BATCH, 8)):
+                loop = perf_analyzer(server, name, concurrency=concurrency, client_batch=rows)
+                found[f"rows_per_s_client_batch_{rows}"] = loop.rows_per_s
+        server.unload(name)
+        study.say(f"loading {name}: {found}")
+    return found
+
+
+def programs_s(server: Server, name: str, provider: str, began_s: float) -> float | None:
     """Seconds until every batch size has a CUDA graph, by the metrics; None: not so within a minute."""
-    wanted = len(ladder(LOAD_BATCH)) if study.provider == "cuda" else 0
+    wanted = len(ladder(LOAD_BATCH)) if provider == "cuda" else 0
     while time.monotonic() - began_s < PROGRAMS_LIMIT_S:
         values = server.metrics()
         graphs = [

@@ -323,6 +323,14 @@ def endurance_text(study: Study) -> list[str]:
             f" batch sizes {loading['first_all_programs_s']} s), {loading['again_s']} s"
             f" ({loading['again_all_programs_s']} s) with what the cache remembers"
         ]
+    other = loading.get("conv_algo_search_default")
+    if other:
+        lines += [
+            f"- with conv_algo_search DEFAULT {other['first_s']} and {other['again_s']} s; it serves"
+            f" {other['rows_per_s_client_batch_1']:.0f} rows/s to one client and"
+            f" {other['rows_per_s_client_batch_16']:.0f} to 8 clients of 16 rows, where HEURISTIC serves"
+            f" {loading['rows_per_s_client_batch_1']:.0f} and {loading['rows_per_s_client_batch_16']:.0f}"
+        ]
     for scenario, row in study.result("mps").get("scenarios", {}).items():
         lines += [
             f"- {scenario} killed under load: started again after {row['restarted_s']} s, all models serving"
