@@ -9,20 +9,18 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import tritonclient.grpc as grpcclient
 
 from dstack_backend.endpoint import SOCKET_VARIABLE
 from dstack_sched.adapters.triton_client import TritonClient
 from dstack_sched.cli.demo import RESULT_KEYS
+from fakes.load import Load
 from fakes.onnx_models import WIDTH, SlowSum
 
 MODELS = {name: SlowSum(name, inner=128, depth=8, seed=seed) for seed, name in enumerate(("alpha", "beta"))}
@@ -155,32 +153,6 @@ def test_bad_input_is_one_line_exit_2_and_changes_nothing(repository: Path, tmp_
     assert tree(repository) == before
 
 
-class Clients:
-    """Sends to one model at about a rate, from one thread, until stopped."""
-
-    def __init__(self, url: str, name: str, rate_per_s: float) -> None:
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._send, args=(url, name, 1 / rate_per_s))
-        self.failures: list[str] = []
-
-    def _send(self, url: str, name: str, pause_s: float) -> None:
-        tensor = grpcclient.InferInput(f"x_{name}", [1, WIDTH], "FP32")
-        tensor.set_data_from_numpy(np.ones((1, WIDTH), np.float32))
-        with grpcclient.InferenceServerClient(url) as client:
-            while not self._stop.wait(pause_s):
-                client.async_infer(
-                    name, [tensor], lambda result, error: error and self.failures.append(str(error))
-                )
-
-    def __enter__(self) -> Clients:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-
 def wait_for(what: Callable[[], Any], process: subprocess.Popen[str]) -> Any:
     until_s = time.monotonic() + PATIENCE_S
     while not (found := what()):
@@ -212,14 +184,15 @@ def test_run_plans_then_follows_the_rates(
         return [entry for entry in map(json.loads, lines) if entry["what"] != "advised"]
 
     assert wait_for(decisions, process)[0]["what"] == "applied"
-    with Clients(server.grpc_url, "alpha", 60) as clients:
+    clients = {"clients": 8, "rates": {"alpha": 60.0}, "answer_within_s": PATIENCE_S}
+    with Load(server.grpc_url, {"alpha": MODELS["alpha"]}, **clients) as load:
         shifted = wait_for(
             lambda: [d for d in decisions() if d.get("rates", {}).get("alpha", 0) > 30], process
         )
     process.send_signal(signal.SIGINT)
     status, _, err = finish(process)
     assert status == 0, err
-    assert clients.failures == []
+    assert load.failures == []
     assert re.search(r"alpha: [\d.]+/s forecast .* planned for", shifted[0]["reason"])
     with TritonClient(server.grpc_url) as client:
         for name in MODELS:
