@@ -178,8 +178,8 @@ def slope(series: list[dict[str, int]], key: str) -> float:
 
 def loading(study: Study) -> dict[str, Any]:
     """Seconds until the network that takes longest answers, with an empty cache and with a full one, and
-    until all of its batch sizes have their programs; the same with cuDNN's fallback list of algorithms, which may
-    need no compiling, and what either serves."""
+    until all of its batch sizes have their programs; the same with cuDNN's fallback list of algorithms, which
+    may need no compiling, and what either serves."""
     name = SLOWEST if SLOWEST in study.models else study.models[0]
     with (
         tempfile.TemporaryDirectory(prefix="dp-cache-") as cache,
