@@ -1,6 +1,6 @@
 """How long a decision takes, and how long a backend waits for a grant: perf/reports/engine.json.
 
-    make perf-engine      (or: python perf/engine.py [--seconds N] [--out FILE])
+    make perf-engine      (or: python perf/engine.py [--events N] [--rounds N] [--out FILE])
 
 Decisions: the D-STACK engine with 64 models under steady load, driven in virtual time by a small model of
 their backends (Poisson arrivals, one report an arrival, batches that take what the profile says, with

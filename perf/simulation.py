@@ -2,15 +2,16 @@
 
     make perf-simulation      (or: python perf/simulation.py [--quick] [--workers N] [--out DIR])
 
-Cells: mixes of 2, 3, 4, 7 and 12 models on the profiled H100 (copies of models where fewer are profiled,
-each with an SLO of its own) x SLOs of 3, 5 and 12 times each model's solo batch-1 latency x arrivals
-(steady Poisson, bursty gamma with CV 3, the Azure trace's timing) x loads of 0.3, 0.7, 1.0 and 1.5 times
-the best peak of any policy. Peaks: largest total rate at which every model keeps 99% of its requests
-within the SLO, steady arrivals, the mean of three seeds (one alone is off by tens of percent at 3x SLOs,
-where few miss). All policies get the same arrivals. Every model rejects late requests where the policy can
-tell (D-STACK, Nexus). "dstack-levels" chooses the share of each batch (green contexts), "dstack" runs at
-fixed MPS shares, the same as mps-static and the other planned policies. Only D-STACK pays control-plane
-delays.
+Cells: the mixes of `make perf-h100-compare` (compare/cells.py) on the profiled H100 x SLOs of 3, 5 and 12
+times a lone request's latency at the client (batch 1 and what Triton adds, sim.scenario.TRITON_H100, which
+every policy pays) x arrivals (steady Poisson, bursty gamma with CV 3, the Azure trace's timing) x loads of
+0.7, 1.0 and 1.5 times the best peak of any policy. Peaks: largest total rate at which every model keeps 99%
+of its requests within the SLO, steady arrivals, the mean of three seeds; late requests are served, as there
+(its clients end at a rejection). Elsewhere late ones are rejected where the policy can tell (D-STACK, Nexus).
+"dstack-levels", the users' default, chooses the share of each batch (green contexts), "dstack" runs at fixed
+MPS shares, the same as mps-static and the other planned policies; "best-static" is mps-static with the best
+of those shares times each of STATIC_SCALES. Only D-STACK pays control-plane delays. One process with many
+streams (issue 7's g) is mps-default here: what its threads cost each other is not modelled.
 """
 
 from __future__ import annotations
@@ -21,33 +22,30 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from compare.cells import Cell, network_of
 from dstack_sched.adapters.profile_files import read_profiles
-from dstack_sched.domain.profile import CorunMember, CorunPoint, ModelProfile, ProfileSet
-from dstack_sched.domain.workload import ModelDemand, OnLate, Workload
-from dstack_sched.engine.registry import POLICIES
+from dstack_sched.domain.profile import CorunMember, CorunPoint, ProfileSet
+from dstack_sched.domain.workload import OnLate, Workload
 from dstack_sched.policy.latency import LatencySurface
 from dstack_sched.sim.arrivals import Arrivals, parse_trace
 from dstack_sched.sim.result import SimResult
+from dstack_sched.sim.scenario import TRITON_H100
 from dstack_sched.sim.study import Case, bounds_of, find_peak, make_case, result_of
 from report import REPORTS, ROOT, write_report
 
 PROFILES = (REPORTS / "h100" / "profiles.json", ROOT.parent / "shared/measurements/h100_2026-11-22.json")
 TRACE = ROOT.parent / "shared/traces/azure_llm_2023_conv.csv"
-ORDER = (
-    "mobilenet_v2", "resnet50", "bert_base", "alexnet", "inception_v3", "resnext50", "shufflenet_v2",
-    "vgg19", "bert",
-)  # fmt: skip
 SIZES = (2, 3, 4, 7, 12)
 SLO_FACTORS = (3.0, 5.0, 12.0)
-LOADS = (0.3, 0.7, 1.0, 1.5)
+LOADS = (0.7, 1.0, 1.5)
 LEVELS = (*(round(100 * 8 * k / 132, 2) for k in range(1, 17)), 100.0)  # groups of 8 SMs of 132
-COPY_SLO = 1.5  # a copy's SLO over that of the model it copies
+STATIC_SCALES = (1.0, 1.3, 1.6, 2.0)
 REQUESTS = 3_000  # about so many a run
 PEAK_REQUESTS = 4_000
 SEED = 20261122
@@ -55,7 +53,11 @@ PEAK_SEEDS = (SEED, SEED + 1, SEED + 2)
 BEST_WITHIN = 0.99
 IDEAL_AT_PEAK = 0.95
 TEMPORAL_FACTOR = 4.0
-ENTRIES = ("dstack", "dstack-levels", *(name for name in POLICIES if name != "dstack"))
+ENTRIES = (
+    "dstack-levels", "dstack", "time-sliced", "temporal", "mps-default", "mps-static", "triton-rate-limiter",
+    "fixed-batch", "nexus", "clipper",
+)  # fmt: skip
+SAME_MODELS = ("mps-default", "mps-static", "triton-rate-limiter")  # issue 7's (c), (d), (f); (g) as (c)
 
 
 def load_profiles() -> tuple[ProfileSet, str]:
@@ -64,22 +66,14 @@ def load_profiles() -> tuple[ProfileSet, str]:
     return read_profiles(path), str(path.relative_to(ROOT.parent))
 
 
-def mix_of(profiles: ProfileSet, size: int) -> tuple[ProfileSet, list[str]]:
-    """`size` models; where fewer are profiled, copies of the first ones under names of their own."""
-    known = [n for n in ORDER if n in profiles.models] + [n for n in profiles.models if n not in ORDER]
-    models: dict[str, ModelProfile] = {}
-    original: dict[str, str] = {}
-    for at in range(size):
-        name = known[at % len(known)]
-        copy = name if at < len(known) else f"{name}_{at // len(known) + 1}"
-        models[copy] = replace(profiles.models[name], name=copy)
-        original[copy] = name
-    # A copy suffers from co-runners as its model does.
+def mix_of(profiles: ProfileSet, models: Sequence[str]) -> ProfileSet:
+    """The profiles of a mix; a second copy of a model runs, suffers and is suffered as its model does."""
     corun = list(profiles.corun)
-    for copy, name in original.items():
-        if copy != name:
-            corun += [_renamed(point, name, copy) for point in profiles.corun]
-    return replace(profiles, models=models, corun=tuple(corun)), list(models)
+    for copy in models:
+        if copy != network_of(copy):
+            corun += [_renamed(point, network_of(copy), copy) for point in profiles.corun]
+    own = {name: replace(profiles.models[network_of(name)], name=name) for name in models}
+    return replace(profiles, models=own, corun=tuple(corun))
 
 
 def _renamed(point: CorunPoint, name: str, copy: str) -> CorunPoint:
@@ -89,15 +83,14 @@ def _renamed(point: CorunPoint, name: str, copy: str) -> CorunPoint:
     return CorunPoint(tuple(members))
 
 
-def workload_of(profiles: ProfileSet, names: list[str], slo_factor: float) -> Workload:
-    """Equal rates; scaled later."""
-    demands = []
-    for name in names:
-        surface = LatencySurface.from_profile(profiles.models[name])
-        solo_ms = float(surface.latency_ms(100.0, 1))
-        slo_ms = solo_ms * slo_factor * (COPY_SLO if name.rsplit("_", 1)[-1] == "2" else 1.0)
-        demands.append(ModelDemand(name, slo_ms, 100.0, 1.0, OnLate.REJECT))
-    return Workload(tuple(demands))
+def workload_of(profiles: ProfileSet, cell: Cell, on_late: OnLate) -> Workload:
+    """The cell's demands at 100/s a model; scaled later."""
+    serving_ms = (TRITON_H100.outside_us + TRITON_H100.prepare_us) / 1000
+    solo_ms = {
+        name: serving_ms + float(LatencySurface.from_profile(profiles.models[name]).latency_ms(100.0, 1))
+        for name in cell.models
+    }
+    return cell.workload(solo_ms, 100.0 * len(cell.models), on_late)
 
 
 def arrival_kinds() -> dict[str, Arrivals]:
@@ -109,35 +102,52 @@ def arrival_kinds() -> dict[str, Arrivals]:
 
 
 @functools.lru_cache(maxsize=64)
-def case_of(size: int, slo_factor: float, entry: str) -> Case:
-    profiles, names = mix_of(load_profiles()[0], size)
+def case_of(size: int, slo_factor: float, entry: str, on_late: OnLate) -> Case:
+    cell = Cell(f"C-{size}", slo_factor)
+    profiles = mix_of(load_profiles()[0], cell.models)
     levels = LEVELS if entry == "dstack-levels" else ()
-    return make_case(profiles, workload_of(profiles, names, slo_factor), levels=levels)
+    return make_case(profiles, workload_of(profiles, cell, on_late), levels=levels, serving=TRITON_H100)
 
 
 def policy_of(entry: str) -> str:
     return "dstack" if entry == "dstack-levels" else entry
 
 
+def best_static(case: Case, peak_per_s: float, at_scale_1: float) -> float:
+    """The peak of the best fixed shares: mps-static with its shares stretched alike."""
+    best = at_scale_1
+    for scale in STATIC_SCALES[1:]:
+        percents = {n: min(100.0, scale * p) for n, p in case.shares.gpu_percent.items()}
+        stretched = replace(case, shares=replace(case.shares, gpu_percent=percents))
+        best = max(best, peak_of(stretched, "mps-static", peak_per_s)[0])
+    return best
+
+
+def peak_of(case: Case, policy_name: str, guess_per_s: float) -> tuple[float, float]:
+    """Peak per second, the search beginning at guess_per_s; and its half interval over it."""
+    start = guess_per_s / case.total_rate_per_s
+    found = find_peak(
+        case.scaled(start), policy_name, PEAK_REQUESTS / guess_per_s, PEAK_SEEDS, tolerance=0.03
+    )
+    half = (found.high - found.factor) / found.factor if found.factor else 0.0
+    return found.factor * guess_per_s, half
+
+
 def peaks_of(task: tuple[int, float]) -> dict[str, Any]:
     """One mix and SLO: the bound and every policy's peak."""
     size, slo_factor = task
-    cases = {entry: case_of(size, slo_factor, entry) for entry in ENTRIES}
+    cases = {entry: case_of(size, slo_factor, entry, OnLate.SERVE) for entry in ENTRIES}
     first = cases["dstack"]
     bounds = bounds_of(first)
     ideal = bounds.corun.peak_scale
-    peaks: dict[str, float] = {}
-    spread: dict[str, float] = {}
-    for entry, case in cases.items():
-        # Start near where peaks can be: the search doubles or halves from there.
-        start = max(ideal / 4, 1e-3)
-        seconds = PEAK_REQUESTS / (case.total_rate_per_s * max(ideal / 2, 1e-3))
-        found = find_peak(case.scaled(start), policy_of(entry), seconds, PEAK_SEEDS, tolerance=0.02)
-        peaks[entry] = found.factor * start * case.total_rate_per_s
-        spread[entry] = (found.high - found.factor) / found.factor if found.factor else 0.0
+    guess = max(ideal * first.total_rate_per_s / 3, 10.0)
+    found = {entry: peak_of(case, policy_of(entry), guess) for entry, case in cases.items()}
+    peaks = {entry: peak for entry, (peak, _) in found.items()}
+    spread = {entry: half for entry, (_, half) in found.items()}
+    peaks["best-static"] = best_static(first, guess, peaks["mps-static"])
     saturated = {}
     for entry in ("dstack", "dstack-levels"):
-        case = cases[entry].scaled(ideal)
+        case = case_of(size, slo_factor, entry, OnLate.REJECT).scaled(ideal)
         result = result_of(case, "dstack", PEAK_REQUESTS / case.total_rate_per_s, SEED)
         saturated[entry] = result.total_goodput_per_s / case.total_rate_per_s
     return {
@@ -160,7 +170,7 @@ def cells_of(task: tuple[int, float, str, float]) -> list[dict[str, Any]]:
     for load in LOADS:
         results: dict[str, SimResult] = {}
         for entry in ENTRIES:
-            case = replace(case_of(size, slo_factor, entry), arrivals=arrival_kinds()[kind])
+            case = replace(case_of(size, slo_factor, entry, OnLate.REJECT), arrivals=arrival_kinds()[kind])
             case = case.scaled(load * peak_per_s / case.total_rate_per_s)
             results[entry] = result_of(case, policy_of(entry), REQUESTS / case.total_rate_per_s, SEED)
         ideal = bounds_of(case).corun.goodput_per_s
@@ -205,7 +215,11 @@ def verdicts(peaks: list[dict[str, Any]], cells: list[dict[str, Any]]) -> dict[s
         of_temporal = {
             _label(p): p["peak_per_s"][entry] / max(p["peak_per_s"]["temporal"], 1e-9) for p in peaks
         }
-        of_best = {_label(p): p["peak_per_s"][entry] / max(p["peak_per_s"][n] for n in rivals) for p in peaks}
+        of_best = {
+            _label(p): p["peak_per_s"][entry] / max(p["peak_per_s"][n] for n in SAME_MODELS) for p in peaks
+        }
+        of_static = {_label(p): p["peak_per_s"][entry] / p["peak_per_s"]["best-static"] for p in peaks}
+        of_sliced = {_label(p): p["peak_per_s"][entry] / p["peak_per_s"]["time-sliced"] for p in peaks}
         found[entry] = {
             "cells": len(cells),
             "cells_best_within_1_percent": len(cells) - len(misses),
@@ -214,6 +228,8 @@ def verdicts(peaks: list[dict[str, Any]], cells: list[dict[str, Any]]) -> dict[s
             "peaks_at_95_percent_of_ideal": sum(v >= IDEAL_AT_PEAK for v in of_ideal.values()),
             "peak_over_temporal": {k: round(v, 2) for k, v in of_temporal.items()},
             "peak_over_best_rival": {k: round(v, 3) for k, v in of_best.items()},
+            "peak_over_best_static": {k: round(v, 3) for k, v in of_static.items()},
+            "peak_over_time_sliced": {k: round(v, 2) for k, v in of_sliced.items()},
             "median_peak_over_best_rival": round(statistics.median(of_best.values()), 3),
         }
     return found
@@ -230,11 +246,12 @@ def _label(peak: dict[str, Any]) -> str:
 def markdown(peaks: list[dict[str, Any]], cells: list[dict[str, Any]], found: dict[str, Any]) -> str:
     """The table for people."""
     lines = ["# Simulation study", "", "Peak rate per second, every model at 99% within its SLO, steady:", ""]
-    lines.append("| mix | ideal | " + " | ".join(ENTRIES) + " |")
-    lines.append("|---" * (len(ENTRIES) + 2) + "|")
+    columns = (*ENTRIES, "best-static")
+    lines.append("| mix | ideal | " + " | ".join(columns) + " |")
+    lines.append("|---" * (len(columns) + 2) + "|")
     for p in peaks:
         row = [_label(p), f"{p['ideal_corun_peak_per_s']:.0f}"]
-        lines.append("| " + " | ".join(row + [f"{p['peak_per_s'][e]:.0f}" for e in ENTRIES]) + " |")
+        lines.append("| " + " | ".join(row + [f"{p['peak_per_s'][e]:.0f}" for e in columns]) + " |")
     lines += [
         "",
         "Goodput over the best rival's in the same cell (D-STACK with fixed shares / with levels):",
@@ -261,6 +278,8 @@ def markdown(peaks: list[dict[str, Any]], cells: list[dict[str, Any]], found: di
         ]
         behind = [f"{k} {v:.2f}" for k, v in verdict["peak_over_best_rival"].items() if v < BEST_WITHIN]
         lines += ["", f"{entry}: peak behind the best rival's in: {', '.join(behind) or 'none'}."]
+        static = [f"{k} {v:.2f}" for k, v in verdict["peak_over_best_static"].items()]
+        lines += ["", f"{entry}: peak over the best static's: {', '.join(static)}."]
         ideal = [f"{k} {v:.2f}" for k, v in verdict["peak_over_ideal_corun"].items()]
         lines += ["", f"{entry}: peak over ideal_corun: {', '.join(ideal)}."]
     return "\n".join(lines) + "\n"
