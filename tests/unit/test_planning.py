@@ -340,7 +340,7 @@ def test_a_share_that_is_held_is_planned_with():
 
 
 def test_models_that_all_have_levels_are_promised_what_was_measured_side_by_side():
-    """The capacity is the device's, however shares are enforced; without co-runs nothing beyond 100 is known."""
+    """The capacity is the device's, however shares are enforced; without co-runs 100 is all there is."""
     profiles = h100_profiles()
     shares = (12.0, 24.0, 48.0, 91.0)
     leveled = dataclasses.replace(
