@@ -113,9 +113,9 @@ class ChoosingEngine(EngineBase):
                 instance.plan_level = max(bisect_right(instance.levels, share + ROUNDING) - 1, 0)
                 lost.append((share - instance.levels[instance.plan_level], instance))
         room = self.capacity - sum(i.levels[i.plan_level] for i in instances)
-        for _, instance in sorted(lost, key=lambda each: (-each[0], each[1].serial)):
+        for below, instance in sorted(lost, key=lambda each: (-each[0], each[1].serial)):
             above = instance.levels[instance.plan_level : instance.plan_level + 2]
-            if len(above) == 2 and above[1] - above[0] <= room + ROUNDING:
+            if below > ROUNDING and len(above) == 2 and above[1] - above[0] <= room + ROUNDING:
                 instance.plan_level += 1
                 room -= above[1] - above[0]
             self._fill(instance)
