@@ -27,6 +27,7 @@ from dstack_sched.app.telemetry import ControllerTelemetry, ModelLook
 from dstack_sched.cli.endpoint import EndpointOptions, serve_arbiter_metrics
 from dstack_sched.domain import metrics as table
 from dstack_sched.domain.json_form import gpus_to_json
+from dstack_sched.engine.registry import POLICIES
 from dstack_sched.errors import InputError, MachineError
 from fakes.arbiter_bench import PATIENCE_S, Arbiter, Backend, arbiter, deadline_us, model_plan, plan_of, works
 from fakes.scrape import scrape
@@ -225,7 +226,7 @@ def test_the_policy_changes_live_by_command(running: Arbiter, url: str) -> None:
         backend.finish(grant, waiting=8, deadline_us=deadline_us())
         backend.finish(backend.granted())
         assert scrape(url).value(table.ARBITER_POLICY, policy="temporal") == 1
-    assert policy(running.path).stdout.startswith("temporal; choose from dstack, temporal, ")
+    assert policy(running.path).stdout == f"temporal; choose from {', '.join(POLICIES)}\n"
     assert json.loads(policy(running.path, "dstack", "--json").stdout)["before"] == "temporal"
     refused = policy(running.path, "fastest")
     assert refused.returncode == 2 and len(refused.stderr.splitlines()) == 1
