@@ -103,7 +103,11 @@ class ArbiterMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.service._sessions)
     @rule(data=st.data())
     def stray_done(self, data: st.DataObject) -> None:
-        self._tell(self._some(data), wire.Done(data.draw(st.integers(0, 2**40)), 1, 0, 1, 0, 0))
+        """Of a grant that this backend does not hold: never given, of another backend, or ended."""
+        connection = self._some(data)
+        held = {grant.grant_id for grant in self.grants[connection]}
+        stray = data.draw(st.integers(0, 2**40).filter(lambda grant_id: grant_id not in held))
+        self._tell(connection, wire.Done(stray, 1, 0, 1, 0, 0))
 
     @precondition(lambda self: self.service._sessions)
     @rule(data=st.data(), politely=st.booleans())
