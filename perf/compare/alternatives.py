@@ -126,7 +126,6 @@ ALTERNATIVES = {
         Alternative("e", "best-static", "best fixed shares by search", shares="searched"),
     )
 }
-LETTERS = {each.letter: each.name for each in ALTERNATIVES.values()}
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 
-from dstack_sched.app.arbiter_plans import send_plans
+from dstack_sched.app.arbiter_plans import ArbiterPlans
 from dstack_sched.cli.deployment import demand_of
 from dstack_sched.domain.json_form import CPU_INDEX, gpus_from_json
 from dstack_sched.domain.plan import ModelPlan, Plan, Replica
 from dstack_sched.domain.profile import Device, ModelProfile, ProfilePoint, ProfileSet
 from dstack_sched.domain.workload import OnLate
+from fakes.serving import FakeClock
 
 
 class RecordingArbiter:
@@ -49,7 +50,8 @@ def plan(gpu: int, gpus: int = 1, replicas: tuple[Replica, ...] = ()) -> Plan:
 def test_a_cpu_plan_goes_to_the_index_that_cpu_instances_join_as(stated_gpu: int) -> None:
     """Guards against a plan for GPU 0 that no instance of a CPU host ever meets."""
     arbiter, wanted = RecordingArbiter(), plan(stated_gpu)
-    send_plans(arbiter, wanted, ProfileSet(device("cpu"), {"a": profile("a")}), demand_of(wanted))
+    profiles = ProfileSet(device("cpu"), {"a": profile("a")})
+    ArbiterPlans(arbiter, FakeClock()).tell(wanted, profiles, demand_of(wanted))
     ((verb, fields),) = arbiter.requests
     plans = gpus_from_json(fields["gpus"])
     assert (verb, set(plans)) == ("plan", {CPU_INDEX})
@@ -68,13 +70,14 @@ def test_a_cpu_plan_goes_to_the_index_that_cpu_instances_join_as(stated_gpu: int
 def test_replicas_go_to_their_gpus() -> None:
     arbiter = RecordingArbiter()
     wanted = plan(1, 2, (Replica(1, 50.0, 10.0), Replica(0, 40.0, 15.0)))
-    send_plans(arbiter, wanted, ProfileSet(device("580"), {"a": profile("a")}), demand_of(wanted))
+    profiles = ProfileSet(device("580"), {"a": profile("a")})
+    ArbiterPlans(arbiter, FakeClock()).tell(wanted, profiles, demand_of(wanted))
     plans = gpus_from_json(arbiter.requests[0][1]["gpus"])
     assert {gpu: each.models[0].gpu_percent for gpu, each in plans.items()} == {0: 40.0, 1: 50.0}
 
 
 def test_a_model_without_a_profile_is_sent_without_a_table() -> None:
     arbiter, wanted = RecordingArbiter(), plan(0)
-    send_plans(arbiter, wanted, ProfileSet(device("580"), {}), demand_of(wanted))
+    ArbiterPlans(arbiter, FakeClock()).tell(wanted, ProfileSet(device("580"), {}), demand_of(wanted))
     (model,) = gpus_from_json(arbiter.requests[0][1]["gpus"])[0].models
     assert model.latency_ms == ()

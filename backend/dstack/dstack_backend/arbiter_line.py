@@ -23,9 +23,7 @@ class Timing:
     """Bounds, microseconds. A hung arbiter costs a waiting batch at most ping_after + pong_within, once."""
 
     tick_us: int = 25_000
-    ping_after_us: int = (
-        50_000  # silence, while work waits, after which the arbiter is asked for a sign of life
-    )
+    ping_after_us: int = 50_000  # silence, while work waits, before the arbiter is asked for a sign of life
     idle_ping_after_us: int = 1_000_000  # the same while idle, so that a hang is known before work comes
     pong_within_us: int = 150_000
     welcome_us: int = 150_000

@@ -24,11 +24,6 @@ def arbiter_form(plan: Plan, profiles: ProfileSet, workload: Workload) -> dict[s
     return gpus_to_json(plans)
 
 
-def send_plans(arbiter: ArbiterClient, plan: Plan, profiles: ProfileSet, workload: Workload) -> None:
-    """Errors: MachineError when no arbiter answers, InputError when it refuses the plan."""
-    arbiter.request("plan", gpus=arbiter_form(plan, profiles, workload))
-
-
 class ArbiterPlans:
     """What the arbiter should know. A new arbiter, or one that was away, is told again with `send`.
 
