@@ -19,7 +19,7 @@ from compare.planning import Solo
 from compare.static_search import StaticSearch
 from compare.study import ATTAINMENT, SEED, Study, best_trial, point, search_figures
 from dstack_sched.app.arbiter_plans import arbiter_form
-from dstack_sched.app.bench import BenchOptions
+from dstack_sched.app.bench import BenchOptions, again_if_silent
 from dstack_sched.domain.workload import OnLate, Workload
 from dstack_sched.errors import MachineError, ServerError
 from report import commit, now
@@ -29,6 +29,7 @@ AGAIN_STEP = 1.1  # of a repeat, whose peak is about known
 TAIL_S = 0.3  # perf_analyzers start late, so they end late: little load is needed behind the window
 OVERHEAD_S = 1.5  # of a trial: perf_analyzer's start and end, reading its export
 SOLO_S = 1.0
+FIRST_ANSWER_S = 5.0  # an overloaded server is quick with the first requests
 PATIENCE_S = 15.0  # a backlog of several times the trial's length is gone by then
 SUMS_LIMIT_S = 20.0  # beyond the start of the servers
 BLIND_GUESS_PER_S = 500.0
@@ -145,10 +146,11 @@ class CellRun:
         if alternative.policy is not None:
             self._tell(deployment, alternative, workload, rate_per_s)
         bench = BenchOptions(
-            options.seconds, options.warmup_s, SEED + repeat, tail_s=TAIL_S, patience_s=PATIENCE_S
-        )
+            options.seconds, options.warmup_s, SEED + repeat,
+            tail_s=TAIL_S, patience_s=PATIENCE_S, first_answer_s=FIRST_ANSWER_S,
+        )  # fmt: skip
         try:
-            trial = deployment.trial(cell, workload, bench, repeat)
+            trial = again_if_silent(lambda: deployment.trial(cell, workload, bench, repeat), study.say)
         except (MachineError, ServerError) as error:
             study.problem(f"{cell.key} {alternative.name} at {rate_per_s:.0f}/s", error)
             self._fleet.drop(alternative)

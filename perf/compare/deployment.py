@@ -21,7 +21,7 @@ from dstack_sched.adapters.clock import SystemClock
 from dstack_sched.adapters.mps_console import PIPE_VARIABLE
 from dstack_sched.adapters.perf_analyzer import LoadOptions, PerfAnalyzerLoad, find_perf_analyzer
 from dstack_sched.adapters.triton_client import TritonClient
-from dstack_sched.app.bench import BenchOptions, run_bench
+from dstack_sched.app.bench import BenchOptions, again_if_silent, run_bench
 from dstack_sched.app.timeline import read_timeline
 from dstack_sched.cli.host import Host, HostOptions
 from dstack_sched.domain.load import BenchResult
@@ -218,9 +218,10 @@ class Deployment:
         assert self._load is not None
         demand = ModelDemand(model, 1000.0, 40.0, 1.0, OnLate.SERVE)
         options = BenchOptions(seconds, 0.3, 1, tail_s=0.1)
-        result: BenchResult = run_bench(
-            Workload((demand,)), self._load, self._renamed, SystemClock(), options
-        )  # fmt: skip
+        load = self._load
+        result: BenchResult = again_if_silent(
+            lambda: run_bench(Workload((demand,)), load, self._renamed, SystemClock(), options)
+        )
         latency = result.models[model].latency_ms_p50
         if latency is None:
             raise ServerError(f"{model}: no answer to lone requests")

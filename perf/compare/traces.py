@@ -34,6 +34,9 @@ class _Recorded:
     def __init__(self, run: LoadRun, kept: list[LoadTrace]) -> None:
         self._run, self._kept = run, kept
 
+    def ends_within(self, timeout_s: float) -> bool:
+        return self._run.ends_within(timeout_s)
+
     def wait(self, timeout_s: float) -> LoadTrace:
         trace = self._run.wait(timeout_s)
         self._kept.append(trace)

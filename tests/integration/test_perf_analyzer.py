@@ -93,6 +93,23 @@ def test_bench_says_when_an_slo_is_missed(server: TritonProcess, tmp_path: Path)
     assert "magika: SLO missed: 0.0% within 0.01 ms, wanted 90.0%" in errors
 
 
+def test_bench_starts_a_generator_anew_that_sends_nothing(
+    server: TritonProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As perf_analyzer does now and then on a busy machine (app/bench.py, again_if_silent)."""
+    program = tmp_path / "perf_analyzer"
+    program.write_text(
+        f'#!/bin/sh\nmkdir {tmp_path}/hung 2>/dev/null && exec sleep 600\nexec {find_perf_analyzer()} "$@"\n'
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PERF_ANALYZER", str(program))
+    workload = write_workload(tmp_path / "workload.yaml", 5000, "magika")
+    status, result, errors = bench(server, workload, "--seconds", "2", "--warmup", "0")
+    assert status == 0, errors
+    assert (tmp_path / "hung").is_dir() and result["models"]["magika"]["slo_attainment"] == 1.0
+    assert "magika: no request was answered within 15 s of the first" in errors
+
+
 def test_bench_counts_failures_and_goes_on(server: TritonProcess, tmp_path: Path) -> None:
     """An index beyond the table: every request fails while it runs, and the bench must say so."""
     data = tmp_path / "data.json"

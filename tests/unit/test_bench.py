@@ -8,7 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dstack_sched.app.bench import MAX_STRETCHES, BenchOptions, arrival_times_s, run_bench
+from dstack_sched.app.bench import (
+    ATTEMPTS,
+    MAX_STRETCHES,
+    BenchOptions,
+    SilentLoadError,
+    again_if_silent,
+    arrival_times_s,
+    run_bench,
+)
 from dstack_sched.domain.load import LoadTrace
 from dstack_sched.domain.workload import ModelDemand, Workload
 from dstack_sched.errors import InputError, MachineError
@@ -41,6 +49,8 @@ class Load:
         self.latency = latency
         self.cuts: list[int] = []  # the stretch ends with an error behind that many requests
         self.by_server = True  # by a request that failed; False: the generator itself did
+        self.silent = 0  # that many stretches of model a send nothing
+        self.slow = False  # answers come, but no stretch ends before it is waited for
         self.starts: dict[str, list[np.ndarray]] = {}
 
     def start(self, model: str, intervals_us: np.ndarray) -> Stretch:
@@ -52,9 +62,20 @@ class Stretch:
     def __init__(self, load: Load, model: str, intervals_us: np.ndarray, begin_s: float) -> None:
         self.load, self.model = load, model
         self.sent_s = begin_s + np.cumsum(intervals_us) / 1e6
+        self.silent = model == "a" and load.silent > 0
+        load.silent -= self.silent
+
+    def ends_within(self, timeout_s: float) -> bool:
+        assert timeout_s > 0
+        if self.silent or self.load.slow:
+            self.load.clock.now += timeout_s
+            self.load.server.answered[self.model] += not self.silent
+        return not self.silent and not self.load.slow
 
     def wait(self, timeout_s: float) -> LoadTrace:
-        assert timeout_s > 0
+        assert timeout_s >= 0
+        if self.silent:
+            return LoadTrace.cut("killed", request_failed=False)
         server = self.load.server
         if self.load.cuts:
             done = self.load.cuts.pop(0)
@@ -147,6 +168,37 @@ def test_a_generator_that_fails_by_itself_is_no_failed_request() -> None:
 def test_a_generator_that_never_works_is_an_error_and_no_objective_met() -> None:
     with pytest.raises(MachineError, match="a: the load could not be driven: boom"):
         bench(cuts=(0,) * MAX_STRETCHES, by_server=False, seconds=10, warmup_s=1)
+
+
+def silent(times: int, slow: bool = False) -> tuple[Callable[[], Any], Load]:
+    server, clock = CountingServer("a", "b"), FakeClock()
+    load = Load(server, clock, lambda i: FAST_MS)
+    load.silent, load.slow = times, slow
+    demands = Workload((ModelDemand("a", 50.0, 100.0), ModelDemand("b", None, 30.0)))
+    return lambda: run_bench(demands, load, server, clock, BenchOptions(seconds=40)), load  # type: ignore[arg-type]
+
+
+def test_a_generator_that_sends_nothing_is_started_anew() -> None:
+    """perf_analyzer's sender misses its start now and then: the whole run again, and none of it counts."""
+    run, load = silent(ATTEMPTS - 1)
+    result = again_if_silent(run)
+    assert (len(load.starts["a"]), len(load.starts["b"])) == (ATTEMPTS, ATTEMPTS)
+    a = result.models["a"]
+    assert (a.failed, a.unmeasured, a.errors, a.slo_attainment) == (0, 0, (), 1.0)
+    assert a.goodput_per_s == pytest.approx(100, rel=0.1)
+
+
+def test_a_model_that_never_answers_is_told_after_the_last_attempt() -> None:
+    run, load = silent(99)
+    with pytest.raises(SilentLoadError, match="a: no request was answered within 15 s of the first"):
+        again_if_silent(run)
+    assert len(load.starts["a"]) == ATTEMPTS
+
+
+def test_load_that_gets_answers_is_not_cut() -> None:
+    """Guards against a long run, or a slow one, taken for one that sends nothing."""
+    run, load = silent(0, slow=True)
+    assert again_if_silent(run).models["a"].errors == () and len(load.starts["a"]) == 1
 
 
 def test_same_seed_same_load_and_models_differ() -> None:

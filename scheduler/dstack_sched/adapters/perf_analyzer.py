@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
 import re
@@ -39,7 +40,9 @@ ONNX_TYPES = {
     "TYPE_FP64": "tensor(double)",
     "TYPE_STRING": "tensor(string)",
 }
-THREADS = 4  # senders; each only sends, answers come in asynchronously
+# It only sends; answers come in asynchronously. Of several senders one alone may miss its start (see
+# again_if_silent in app/bench.py), and its requests would look like those that a server never answers.
+SENDERS = 1
 
 
 def find_perf_analyzer(environ: Mapping[str, str] = os.environ) -> Path:
@@ -109,7 +112,7 @@ class PerfAnalyzerLoad:
         return [
             str(self._program), "-m", options.names.get(model, model),
             "-i", options.protocol, "-u", options.url, "--async",
-            "--max-threads", str(THREADS), "--shared-memory", options.shared_memory,
+            "--max-threads", str(SENDERS), "--shared-memory", options.shared_memory,
             "--request-intervals", str(files / "intervals"), "--request-count", str(requests),
             "--input-data", str(self._data[model]), "--profile-export-file", str(files / "export.json"),
             *_connection_arguments(options),
@@ -151,6 +154,12 @@ class PerfAnalyzerRun:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
             )
+
+    def ends_within(self, timeout_s: float) -> bool:
+        """Whether it has ended, after waiting for that up to `timeout_s`."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout_s)
+        return self._process.poll() is not None
 
     def wait(self, timeout_s: float) -> LoadTrace:
         """What it did. A run that takes longer than `timeout_s` is killed."""

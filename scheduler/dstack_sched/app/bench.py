@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -23,7 +23,11 @@ TAIL_S = 1.0  # load goes on behind the measured window: processes do not start 
 SHORTEST_STRETCH_S = 1.0
 MAX_STRETCHES = 50
 PATIENCE_S = 60.0  # beyond the schedule, for answers that are late
+FIRST_ANSWER_S = 15.0  # beyond the first request: where none is answered by then, none was sent, most likely
+ATTEMPTS = 3
 
+
+Result = TypeVar("Result")
 
 # (model, its rate a second, seconds, its random stream) -> ascending times in [0, seconds), shape (arrivals,)
 Arrivals = Callable[[ModelDemand, float, float, np.random.Generator], np.ndarray]
@@ -31,6 +35,8 @@ Arrivals = Callable[[ModelDemand, float, float, np.random.Generator], np.ndarray
 
 class LoadRun(Protocol):
     """A stretch of load that is under way."""
+
+    def ends_within(self, timeout_s: float) -> bool: ...
 
     def wait(self, timeout_s: float) -> LoadTrace: ...
 
@@ -44,7 +50,8 @@ class LoadGenerator(Protocol):
 @dataclass(frozen=True, slots=True)
 class BenchOptions:
     """seconds: the measured window; warmup_s: before it, tail_s: behind it; scale: a factor on all rates;
-    patience_s: how long after the schedule's end answers are waited for."""
+    patience_s: how long after the schedule's end answers are waited for; first_answer_s: and after the first
+    request, for the first one."""
 
     seconds: float = 20.0
     warmup_s: float = 2.0
@@ -52,6 +59,7 @@ class BenchOptions:
     scale: float = 1.0
     tail_s: float = TAIL_S
     patience_s: float = PATIENCE_S
+    first_answer_s: float = FIRST_ANSWER_S
 
     def __post_init__(self) -> None:
         if self.seconds <= 0 or self.warmup_s < 0 or self.scale <= 0:
@@ -80,6 +88,26 @@ def poisson(
     return arrival_times_s(rate_per_s, duration_s, rng)
 
 
+class SilentLoadError(MachineError):
+    """Requests to a model were due, and not one came through."""
+
+
+def again_if_silent(run: Callable[[], Result], say: Callable[[str], None] = lambda text: None) -> Result:
+    """What `run` returns, started anew where it raises SilentLoadError, up to ATTEMPTS times in all. `say` is
+    told of each.
+
+    perf_analyzer wakes its sender without holding the lock that the sender waits with (ResumeWorkers in its
+    request_rate_manager.cc, still so in 2025): now and then, mostly on a busy machine, the sender misses the
+    call and sends nothing for ever.
+    """
+    for _ in range(ATTEMPTS - 1):
+        try:
+            return run()
+        except SilentLoadError as error:
+            say(f"{error}; the run is repeated")
+    return run()
+
+
 def run_bench(
     workload: Workload,
     generator: LoadGenerator,
@@ -92,7 +120,8 @@ def run_bench(
     """Drive the load and measure. `started` is called once all models are under load. arrivals: default
     Poisson.
 
-    Errors: InputError when a model is not served, MachineError when the generator cannot be used.
+    Errors: InputError when a model is not served, MachineError when the generator cannot be used,
+    SilentLoadError when nothing came through.
     """
     check_served(workload, server)
     duration_s = options.warmup_s + options.seconds + options.tail_s
@@ -107,7 +136,7 @@ def run_bench(
         begin_s = clock.wall_time_s()
         stretches = {
             demand.name: _Stretches(
-                demand.name, schedules[demand.name], generator, clock, begin_s, options.patience_s
+                demand.name, schedules[demand.name], generator, server, clock, begin_s, options
             )
             for demand in loaded
         }
@@ -144,16 +173,20 @@ class _Stretches:
         model: str,
         schedule_s: np.ndarray,
         generator: LoadGenerator,
+        server: ModelServer,
         clock: Clock,
         begin_s: float,
-        patience_s: float,
+        options: BenchOptions,
     ) -> None:
         self._model = model
         self._schedule_s = schedule_s
         self._generator = generator
         self._clock = clock
         self._begin_s = begin_s
-        self._patience_s = patience_s
+        self._server = server
+        self._options = options
+        self._counts = (0, 0)
+        self._first_due_s = 0.0
         self._run: LoadRun | None = self._start_rest()
 
     def _start_rest(self) -> LoadRun | None:
@@ -162,16 +195,34 @@ class _Stretches:
         rest = self._schedule_s[self._schedule_s >= now_s]
         if not rest.size or (now_s > SHORTEST_STRETCH_S and rest[-1] - now_s < SHORTEST_STRETCH_S):
             return None
+        self._counts = counts(self._server.statistics(self._model))
+        self._first_due_s = float(rest[0])
         intervals_us = np.diff(np.round(rest * 1e6), prepend=round(now_s * 1e6)).astype(np.int64)
         return self._generator.start(self._model, np.maximum(intervals_us, 1))
 
     def finish(self) -> list[LoadTrace]:
+        """Errors: SilentLoadError."""
         parts: list[LoadTrace] = []
         while self._run is not None and len(parts) < MAX_STRETCHES:
-            left_s = self._begin_s + float(self._schedule_s[-1]) - self._clock.wall_time_s()
-            parts.append(self._run.wait(max(0.0, left_s) + self._patience_s))
+            self._check_sound(self._run)
+            parts.append(self._run.wait(self._left_s(self._schedule_s[-1]) + self._options.patience_s))
             self._run = self._start_rest() if parts[-1].error else None
         return parts
+
+    def _left_s(self, until_s: float) -> float:
+        return max(0.0, self._begin_s + float(until_s) - self._clock.wall_time_s())
+
+    def _check_sound(self, run: LoadRun) -> None:
+        """Errors: SilentLoadError where the server has nothing to show for the stretch, good or bad."""
+        patience_s = self._options.first_answer_s
+        if run.ends_within(self._left_s(self._first_due_s) + patience_s):
+            return
+        if counts(self._server.statistics(self._model)) == self._counts:
+            run.wait(0.0)
+            raise SilentLoadError(
+                f"{self._model}: no request was answered within {patience_s:g} s of the first; where the "
+                "model answers others, the load generator hangs"
+            )
 
 
 def check_driven(model: str, parts: Sequence[LoadTrace]) -> None:

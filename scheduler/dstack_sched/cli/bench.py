@@ -12,7 +12,7 @@ from dstack_sched.adapters.clock import SystemClock
 from dstack_sched.adapters.perf_analyzer import LoadOptions, PerfAnalyzerLoad, find_perf_analyzer
 from dstack_sched.adapters.triton_client import TritonClient
 from dstack_sched.adapters.triton_connection import ConnectionOptions
-from dstack_sched.app.bench import BenchOptions, check_served, run_bench
+from dstack_sched.app.bench import BenchOptions, again_if_silent, check_served, run_bench
 from dstack_sched.cli import app
 from dstack_sched.cli.common import JsonOption, connects, print_json, print_table, say
 from dstack_sched.config import read_workload
@@ -102,7 +102,9 @@ def bench_workload(
             if not quiet:
                 total_s = options.warmup_s + options.seconds
                 say(f"load on {len(configs)} models for {total_s:g} s, seed {options.seed}")
-            result = run_bench(workload, generator, server, SystemClock(), options)
+            result = again_if_silent(
+                lambda: run_bench(workload, generator, server, SystemClock(), options), say
+            )
     for model, each in result.models.items():
         for error in each.errors:
             say(f"{model}: the load was interrupted: {error}")
