@@ -18,6 +18,7 @@ import pytest
 from dstack_backend import wire
 from dstack_sched.adapters.arbiter_client import SocketArbiterClient
 from dstack_sched.adapters.arbiter_socket import FLOOD_MESSAGES_PER_S, MAX_QUEUED_PACKETS, listening
+from dstack_sched.app.changes import Reach
 from dstack_sched.app.timeline import read_timeline
 from dstack_sched.cli.timeline import save_timelines
 from dstack_sched.domain.decision import Decision
@@ -392,6 +393,20 @@ def test_client_of_an_arbiter_that_hangs_gives_up(tmp_path: Path) -> None:
         with pytest.raises(MachineError, match="no answer"):
             client.request("ping")
         client.close()
+
+
+def test_a_share_is_told_to_instances_that_joined_with_levels(
+    running: Arbiter, control: SocketArbiterClient
+) -> None:
+    """Guards against a share that is told to an instance whose config asks for levels and which has none."""
+    with (
+        Backend(running.path, "a", levels=(25.0, 40.0, 100.0)),
+        Backend(running.path, "b"),
+        Backend(running.path, "c", levels=(25.0, 40.0, 100.0)),
+        Backend(running.path, "c", gpu=1),
+    ):
+        reach = Reach.to(control.request("status")["backends"])
+    assert (reach.arbiter, reach.levels) == (True, {"a"})
 
 
 def test_full_house_still_has_a_status(path: Path) -> None:

@@ -72,11 +72,19 @@ class Backend(Client):
     """A joined client with a queue of its own: `run` takes a grant and answers it."""
 
     def __init__(
-        self, path: Path, model: str, *, gpu: int = 0, gpu_percent: float = 40.0, batch: int = 8
+        self,
+        path: Path,
+        model: str,
+        *,
+        gpu: int = 0,
+        gpu_percent: float = 40.0,
+        batch: int = 8,
+        levels: tuple[float, ...] = (),
     ) -> None:
         super().__init__(path)
         self.model = model
-        welcome = self.ask(wire.Join(model, f"{model}_0", 1, gpu, gpu_percent, batch, batch, 100_000, False))
+        join = wire.Join(model, f"{model}_{gpu}", 1, gpu, gpu_percent, batch, batch, 100_000, False, levels)
+        welcome = self.ask(join)
         if not isinstance(welcome, wire.Welcome):
             self.close()
             raise AssertionError(f"not welcome: {welcome}")

@@ -80,7 +80,8 @@ def test_the_bound_goes_into_the_environment_of_mps(
     [("off", ()), ("auto", (25, 50, 100)), ("50, 12.5,50", (12.5, 50)), ("100", (100,)), ("", ())],
 )
 def test_levels(text: str, levels: tuple[float, ...]) -> None:
-    assert settings(kind="GPU", levels=text).cuda["levels"] == levels
+    cuda = settings(kind="GPU", levels=text).cuda
+    assert (cuda["levels"], cuda["levels_needed"]) == (levels, text != "auto")
 
 
 def test_the_readme_and_the_settings_agree_on_the_default_of_levels(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,6 +89,7 @@ def test_the_readme_and_the_settings_agree_on_the_default_of_levels(monkeypatch:
     assert f"| `levels` | `{backend.LEVELS_DEFAULT}` |" in readme
     monkeypatch.setattr(backend, "LEVELS_DEFAULT", "auto")
     assert settings(kind="GPU").cuda["levels"] == backend.AUTO_LEVELS
+    assert not settings(kind="GPU").cuda["levels_needed"], "a default must do with any driver"
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from dstack_backend.interfaces import Permit
 from dstack_backend.optimized import SUMS, Cache, seal
 from dstack_backend.pipeline import Pipeline
 from dstack_backend.runtime import CpuSession
-from dstack_backend.runtime_cuda import CudaSession, limit_process
+from dstack_backend.runtime_cuda import CudaSession, limit_process, that_run
 from dstack_backend.session import ladder
 from dstack_backend.staging import Staging
 from dstack_backend.tensors import DeviceArray
@@ -1011,6 +1011,13 @@ def test_levels_need_no_mps_limit_and_others_take_the_process_s(monkeypatch: pyt
     limit_process(40)
     with pytest.raises(DeviceError, match="gpu_percent 50 asked of a process that runs at 40"):
         limit_process(50)
+
+
+def test_levels_on_an_old_driver_are_an_error_or_left_out() -> None:
+    """Left out before the context is made: the MPS percentage cannot be set behind it."""
+    asked, auto = CudaOptions(levels=(50.0,)), CudaOptions(levels=(50.0,), levels_needed=False)
+    assert that_run(asked, 12040) is asked and that_run(auto, 12050) is auto
+    assert that_run(auto, 12040) == CudaOptions(levels_needed=False)
 
 
 @pytest.mark.parametrize(

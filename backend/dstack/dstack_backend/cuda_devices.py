@@ -40,6 +40,16 @@ def ordinal_of(
     return present.index(named[device_id])
 
 
+def cuda_version() -> int:
+    """Of CUDA that the driver brings, as in 12050; 0 without a driver. Makes no context."""
+    version = ctypes.c_int()
+    try:
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except OSError:
+        return 0
+    return version.value
+
+
 def visible_uuids() -> list[str]:
     """UUIDs of this process's devices, "GPU-..." as NVML and nvidia-smi write them; [] where CUDA fails."""
     try:

@@ -18,7 +18,7 @@ from dstack_backend.errors import DeviceError, DeviceLostError
 
 GROUP_SMS = 8
 MAX_GROUPS = 16
-_CUDA_12_5 = 12050
+CUDA_OF_LEVELS = 12050
 _RESOURCE_SM = 1
 _DEFAULT_STREAM, _NON_BLOCKING = 1, 1  # CU_GREEN_CTX_DEFAULT_STREAM, CU_STREAM_NON_BLOCKING
 
@@ -44,7 +44,7 @@ class SmGroups:
         names = ("cuDeviceGetDevResource", "cuDevSmResourceSplitByCount", "cuDevResourceGenerateDesc",
                  "cuGreenCtxCreate", "cuGreenCtxDestroy", "cuGreenCtxStreamCreate")  # fmt: skip
         driver.use()
-        self._entry: dict[str, Any] = {name: driver.entry(name, _CUDA_12_5) for name in names}
+        self._entry: dict[str, Any] = {name: driver.entry(name, CUDA_OF_LEVELS) for name in names}
         whole, rest = _Resource(), _Resource()
         self._entry["cuDeviceGetDevResource"](driver.device, ctypes.byref(whole), ctypes.c_int(_RESOURCE_SM))
         groups, count = (_Resource * MAX_GROUPS)(), ctypes.c_uint(MAX_GROUPS)

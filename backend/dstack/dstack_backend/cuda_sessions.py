@@ -39,7 +39,8 @@ class CudaOptions:
     conv_layout: nhwc runs convolutions with channels last, which many GPUs do faster; auto: where a trial
     shows it. memory_limit_bytes: bound of the device memory that the model takes beside CUDA's own, 0 for
     none. process_memory_limit_bytes: bound that MPS sets to the process, 0 for none. levels: GPU% that a
-    run can name, by green contexts; empty: the share is MPS's, for the whole process."""
+    run can name, by green contexts; empty: the share is MPS's, for the whole process. levels_needed: a
+    driver without green contexts is an error; else the share is MPS's there."""
 
     cuda_graphs: bool = True
     tf32: bool = True
@@ -48,6 +49,7 @@ class CudaOptions:
     memory_limit_bytes: int = 0
     process_memory_limit_bytes: int = 0
     levels: tuple[float, ...] = ()
+    levels_needed: bool = True
 
     def __post_init__(self) -> None:
         if self.conv_algo_search not in CONV_SEARCHES:

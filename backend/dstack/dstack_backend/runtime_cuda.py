@@ -11,6 +11,7 @@ program yet takes the nearest that have, and a thread prepares the wanted ones."
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import logging
 import math
@@ -24,9 +25,9 @@ from typing import Any
 import numpy as np
 
 from dstack_backend.cuda_batch import CudaBatch, as_run_errors
-from dstack_backend.cuda_devices import ordinal_of
+from dstack_backend.cuda_devices import cuda_version, ordinal_of
 from dstack_backend.cuda_driver import driver
-from dstack_backend.cuda_groups import SmGroups, sm_groups
+from dstack_backend.cuda_groups import CUDA_OF_LEVELS, SmGroups, sm_groups
 from dstack_backend.cuda_host import HostMemory
 from dstack_backend.cuda_layout import with_best_layout
 from dstack_backend.cuda_levels import Levels
@@ -63,6 +64,7 @@ def load_cuda_session(
         from dstack_backend.mps_limits import limit_memory
 
         limit_memory(device_id, options.process_memory_limit_bytes)
+    options = that_run(options, cuda_version())
     limit_process(100.0 if options.levels else gpu_percent)
     device_id = ordinal_of(device_id)
     cuda = driver(device_id)
@@ -76,6 +78,14 @@ def load_cuda_session(
         raise
     except RunError as error:  # a device that was lost while loading
         raise DeviceError(str(error)) from error
+
+
+def that_run(options: CudaOptions, version: int) -> CudaOptions:
+    """The options on a driver of that CUDA version: without levels where it has none and none are needed.
+    Decided before the context is made, as the share is MPS's then, for the whole process."""
+    if options.levels_needed or version >= CUDA_OF_LEVELS:
+        return options
+    return dataclasses.replace(options, levels=())
 
 
 def limit_process(gpu_percent: float) -> None:

@@ -107,6 +107,7 @@ def parse_settings(args: Mapping[str, str]) -> tuple[Settings, list[str]]:
                 "conv_layout": read.choice("conv_layout", "auto", CONV_LAYOUTS),
                 "memory_limit_bytes": int(read.number("gpu_memory_limit_mb", 0, 0, 1 << 20)) << 20,
                 "levels": read.levels(),
+                "levels_needed": read.levels_text() != "auto",
                 "process_memory_limit_bytes": int(read.number("process_memory_limit_mb", 0, 0, 1 << 20))
                 << 20,
             },
@@ -199,7 +200,7 @@ class _Reader:
 
     def levels(self) -> tuple[float, ...]:
         """GPU percentages, rising; none for "off"."""
-        text = self.texts.get("levels", LEVELS_DEFAULT).lower()
+        text = self.levels_text()
         if text in ("", "off"):
             return ()
         if text == "auto":
@@ -214,6 +215,9 @@ class _Reader:
                 f"numbers in (0, 100] by comma are wanted"
             )
         return tuple(levels)
+
+    def levels_text(self) -> str:
+        return self.texts.get("levels", LEVELS_DEFAULT).lower()
 
     def choice(self, key: str, default: str, choices: tuple[str, ...]) -> str:
         text = self.texts.get(key, "")

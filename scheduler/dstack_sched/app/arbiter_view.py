@@ -77,7 +77,7 @@ def _plan(model: EngineModel) -> dict[str, Any]:
 
 
 def _backend(session: Session, now_us: int) -> dict[str, Any]:
-    """State "hung": a lease ended before its batch did."""
+    """State "hung": a lease ended before its batch did. levels: it takes any share from batch to batch."""
     running = session.running
     hung = any(grant.lease_until_us < now_us for grant in running)
     state = "hung" if hung else "running" if running else "waiting" if session.waiting else "idle"
@@ -86,6 +86,7 @@ def _backend(session: Session, now_us: int) -> dict[str, Any]:
         "model": session.joined.model,
         "gpu": session.gpu,
         "gpu_percent": session.joined.gpu_percent,
+        "levels": len(session.joined.levels) > 1,
         "pid": session.pid,
         "state": state,
         "waiting": session.waiting,

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 from dstack_sched.domain.plan import ModelPlan, Plan
 
@@ -40,6 +41,13 @@ class Reach:
 
     arbiter: bool
     levels: Collection[str] = ()
+
+    @classmethod
+    def to(cls, instances: Collection[Mapping[str, Any]]) -> Reach:
+        """Through an arbiter with these instances (its status' "backends"). What they joined with counts, not
+        their configs: a model that cannot be captured, a CPU or an old driver has no levels, asked or not."""
+        fixed = {each["model"] for each in instances if not each["levels"]}
+        return cls(True, {each["model"] for each in instances} - fixed)
 
 
 @dataclass(frozen=True, slots=True)

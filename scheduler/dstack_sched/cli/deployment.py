@@ -23,7 +23,7 @@ from dstack_sched.adapters.repository import DiskRepository
 from dstack_sched.adapters.stub_processes import LocalStubProcesses
 from dstack_sched.adapters.triton_client import TritonClient
 from dstack_sched.adapters.triton_connection import ConnectionOptions
-from dstack_sched.app.apply import Applier, has_levels, stated_instances, stated_plan
+from dstack_sched.app.apply import Applier, stated_instances, stated_plan
 from dstack_sched.app.arbiter_plans import ArbiterPlans
 from dstack_sched.app.changes import Reach
 from dstack_sched.app.edits import ConfigEdits
@@ -87,11 +87,10 @@ class Deployment:
     def reach(self) -> Reach:
         """What running instances can be told now."""
         try:
-            self.arbiter_plans.arbiter.request("ping")
+            instances = self.arbiter_plans.arbiter.request("status")["backends"]
         except DstackError:
             return Reach(arbiter=False)
-        models = self.repository.models()
-        return Reach(True, [model for model in models if has_levels(self.repository.config(model))])
+        return Reach.to(instances)
 
     def recover(self) -> None:
         """Finish or undo what an earlier controller left. Errors: MachineError while another one is at it."""
