@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -61,15 +62,29 @@ class Device:
             self.running -= 1
 
 
-class Instance:
-    """A model instance in this process, with a client that keeps a few requests waiting."""
+def slow(stage: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """So that batches end while the next one is being made."""
 
-    def __init__(self, model: str, path: Path, device: Device) -> None:
+    def staged(feeds: Any) -> Any:
+        time.sleep(RUN_S)
+        return stage(feeds)
+
+    return staged
+
+
+class Instance:
+    """A model instance in this process, with a client that keeps a few requests waiting. bursts: one that
+    sends some at once and nothing more until all are answered."""
+
+    def __init__(self, model: str, path: Path, device: Device, *, bursts: bool = False) -> None:
         self.stats = Stats()
         join = wire.Join(model, f"{model}_0", 1, 0, GPU_PERCENT, BATCH, BATCH, 100_000, False)
         gate = ArbiterGate(path, join, stats=self.stats)
+        fake = FakeDevice(on_run=device.run)
+        if bursts:
+            fake.stage = slow(fake.stage)  # type: ignore[method-assign]
         self.executor = Executor(
-            Pipeline(FakeDevice(on_run=device.run), Staging(BATCH)),
+            Pipeline(fake, Staging(BATCH)),
             gate,
             batched=True,
             batch_size=BATCH,
@@ -78,7 +93,8 @@ class Instance:
         )
         self.requests: list[Request] = []
         self._stop = threading.Event()
-        self._client = threading.Thread(target=self._submit, name=f"client-{model}")
+        submit = self._submit_bursts if bursts else self._submit
+        self._client = threading.Thread(target=submit, name=f"client-{model}")
         self.executor.start()
         self._client.start()
 
@@ -89,6 +105,16 @@ class Instance:
             request = Request(settled)
             self.requests.append(request)
             self.executor.submit([request])
+
+    def _submit_bursts(self) -> None:
+        rng, settled = np.random.default_rng(1), threading.Semaphore(0)
+        while not self._stop.is_set():
+            burst = [Request(settled) for _ in range(rng.integers(1, 4 * BATCH))]
+            self.requests += burst
+            for request in burst:
+                self.executor.submit([request])
+            for _ in burst:
+                assert settled.acquire(timeout=PATIENCE_S), "a request was never answered"
 
     def close(self) -> None:
         self._stop.set()
@@ -115,17 +141,17 @@ def start(path: Path, tmp_path: Path) -> Iterator[Callable[[], ArbiterProcess]]:
         process.end(signal.SIGKILL)
 
 
-@pytest.fixture
+@pytest.fixture(params=[False])
 def instances(
-    path: Path, start: Callable[[], ArbiterProcess]
+    path: Path, start: Callable[[], ArbiterProcess], request: pytest.FixtureRequest
 ) -> Iterator[tuple[ArbiterProcess, list[Instance], Device]]:
-    """Two instances that cannot run side by side, gated by a planned arbiter."""
+    """Two instances that cannot run side by side, gated by a planned arbiter. Parameter: bursts."""
     arbiter, device = start(), Device()
     plan = PlanChanged(
         100.0, tuple(model_plan(m, gpu_percent=GPU_PERCENT, latency_ms=2.0) for m in ("a", "b"))
     )
     arbiter.client.request("plan", gpus=gpus_to_json({0: plan}))
-    both = [Instance(model, path, device) for model in ("a", "b")]
+    both = [Instance(model, path, device, bursts=request.param) for model in ("a", "b")]
     yield arbiter, both, device
     for instance in both:
         instance.close()
@@ -167,6 +193,13 @@ def test_gated_instances_that_do_not_fit_never_run_side_by_side(instances) -> No
     arbiter, both, device = instances
     progress(both, "grants", by=2)
     assert most_at_once(arbiter, both, device, grants=100) == 1
+
+
+@pytest.mark.parametrize("instances", [True], indirect=True)
+def test_the_last_requests_of_a_burst_are_answered(instances) -> None:
+    """Nothing comes behind them that would tell the arbiter once more of what waits."""
+    _, both, _ = instances
+    progress(both, "requests", by=1000)
 
 
 def test_killed_arbiter_is_done_without_and_used_again(instances, start) -> None:

@@ -643,6 +643,19 @@ def test_a_full_batch_is_on_the_device_before_its_permit(rig: Rig) -> None:
     assert doubled(*requests)
 
 
+def test_a_batch_that_is_being_made_ahead_counts_as_waiting(rig: Rig) -> None:
+    """Whoever is told meanwhile that nothing waits sends no permit, and nothing else asks for one."""
+    executor, stage = rig.start(), rig.device.stage
+    seen: list[tuple[int, int]] = []
+    rig.device.stage = lambda feeds: (seen.append(executor.state()), stage(feeds))[1]  # type: ignore[method-assign]
+    requests = [FakeRequest(number) for number in range(1, 5)]
+    executor.submit(requests)
+    staged(rig, 1)
+    assert seen == [executor.state()] and seen[0][0] == 4 and seen[0][1] > 0
+    rig.gate.grant(4)
+    assert doubled(*requests)
+
+
 def test_a_smaller_permit_undoes_a_batch_made_ahead(rig: Rig) -> None:
     executor = rig.start()
     requests = [FakeRequest(number) for number in range(1, 5)]

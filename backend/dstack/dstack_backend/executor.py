@@ -201,8 +201,9 @@ class Executor(Workshop):
     def state(self) -> tuple[int, int]:
         with self._lock:
             deadline_us = self._queue.earliest_deadline_us()
-            if self._ahead is not None and self._ahead.batch is not None:
-                first_us = self._ahead.batch.earliest_deadline_us
+            ahead = self._batch_ahead()
+            if ahead is not None:
+                first_us = ahead.earliest_deadline_us
                 deadline_us = min(deadline_us or first_us, first_us)
             return self._waiting_rows(), deadline_us
 

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from dstack_backend.answers import Answers
-from dstack_backend.batching import Item, Part, RequestQueue
+from dstack_backend.batching import Batch, Item, Part, RequestQueue
 from dstack_backend.errors import DeviceLostError, RejectedError, RequestError, one_line
 from dstack_backend.interfaces import Gate, Permit
 from dstack_backend.pipeline import Job, Pipeline
@@ -85,8 +85,15 @@ class Workshop:
             thread.start()
 
     def _waiting_rows(self) -> int:
-        ahead = self._ahead.batch if self._ahead is not None else None
+        ahead = self._batch_ahead()
         return self._queue.rows + (ahead.rows if ahead is not None else 0)
+
+    def _batch_ahead(self) -> Batch | None:
+        """The batch that waits for a permit, made or still being made: whoever asks for permits counts it,
+        else none would come for it. The caller holds the lock."""
+        making = self._making
+        job = making if making is not None and making.ahead else self._ahead
+        return job.batch if job is not None else None
 
     def _guarded(self, loop: Callable[[], None]) -> None:
         """A thread of ours that died of a defect would leave an instance READY and silent for ever."""
@@ -176,16 +183,20 @@ class Workshop:
         finally:
             with self._lock:
                 self._ahead = job if job.batch is not None else None
-            self._made(job)
+                self._next_may_be_made(job)
         if self._lost is not None:
             self._fail_waiting(self._lost)
 
     def _made(self, job: Job) -> None:
         with self._lock:
-            if self._making is job:
-                self._making = None
-            self._device_wakes.notify()
-            self._helpers_wake.notify()
+            self._next_may_be_made(job)
+
+    def _next_may_be_made(self, job: Job) -> None:
+        """The caller holds the lock."""
+        if self._making is job:
+            self._making = None
+        self._device_wakes.notify()
+        self._helpers_wake.notify()
 
     def _is_still_good(self, job: Job) -> bool:
         """Whether a batch that was made ahead is what would be made now."""
@@ -224,17 +235,17 @@ class Workshop:
         while True:
             with self._lock:
                 expired = self._queue.remove_before(self._now_us()) if self._reject_late else []
-                batch = self._queue.take(max(1, job.permit.batch_size))
+                job.batch = batch = self._queue.take(max(1, job.permit.batch_size))
                 self.stats.waiting_rows = self._queue.rows
                 self._room.notify_all()
             self._answers.reject(expired, "its deadline had passed before it could run")
-            if batch is not None:
-                batch = self._answers.without_dead(batch)
-            if batch is None or batch.parts:
-                job.batch = batch
-                break
-        if batch is not None:
-            job.made(self._now_us())
+            if batch is None:
+                return
+            batch = self._answers.without_dead(batch)
+            job.batch = batch if batch.parts else None
+            if job.batch is not None:
+                job.made(self._now_us())
+                return
 
     def _launch(self, job: Job) -> bool:
         """Launch a prepared job, once those before it are launched; False where its permit is void."""
