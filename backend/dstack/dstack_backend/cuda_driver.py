@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from dstack_backend.cuda_devices import cuda_version
 from dstack_backend.errors import DeviceError, DeviceLostError
 
 _STREAM_NON_BLOCKING = 1
@@ -152,9 +153,7 @@ class Driver:
 
     def version(self) -> str:
         """Of CUDA that the driver brings: a newer driver may compile otherwise."""
-        version = ctypes.c_int()
-        self.call("cuDriverGetVersion", ctypes.byref(version))
-        return str(version.value)
+        return str(cuda_version())
 
     def _attribute(self, code: int) -> int:
         value = ctypes.c_int()

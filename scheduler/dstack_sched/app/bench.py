@@ -191,11 +191,11 @@ class _Stretches:
 
     def _start_rest(self) -> LoadRun | None:
         """Send what is still to come; None when less than a second of it is left."""
+        self._counts = counts(self._server.statistics(self._model))
         now_s = self._clock.wall_time_s() - self._begin_s
         rest = self._schedule_s[self._schedule_s >= now_s]
         if not rest.size or (now_s > SHORTEST_STRETCH_S and rest[-1] - now_s < SHORTEST_STRETCH_S):
             return None
-        self._counts = counts(self._server.statistics(self._model))
         self._first_due_s = float(rest[0])
         intervals_us = np.diff(np.round(rest * 1e6), prepend=round(now_s * 1e6)).astype(np.int64)
         return self._generator.start(self._model, np.maximum(intervals_us, 1))
