@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 from dstack_backend import wire
-from dstack_backend.errors import RequestError
+from dstack_backend.errors import RejectedError, RequestError
 from dstack_backend.executor import Executor
 from dstack_backend.gate import ArbiterGate
 from dstack_backend.pipeline import Pipeline
@@ -21,6 +22,7 @@ from dstack_backend.staging import Staging
 from dstack_backend.stats import Stats
 from dstack_sched.domain.event import PlanChanged
 from dstack_sched.domain.json_form import gpus_to_json
+from dstack_sched.domain.workload import OnLate
 from fakes.arbiter_bench import PATIENCE_S, ArbiterProcess, model_plan
 from fakes.backend import FakeDevice, FakeRequest
 
@@ -200,6 +202,33 @@ def test_the_last_requests_of_a_burst_are_answered(instances) -> None:
     """Nothing comes behind them that would tell the arbiter once more of what waits."""
     _, both, _ = instances
     progress(both, "requests", by=1000)
+
+
+def test_a_request_that_gets_late_between_two_batches_is_answered(start, path: Path) -> None:
+    """Of two rows, one a batch: the first is in time, the second cannot be. Nothing comes behind it."""
+    arbiter, run_ms = start(), 60.0
+    late = replace(model_plan("a", latency_ms=run_ms), batch_size=1, on_late=OnLate.REJECT)
+    arbiter.client.request("plan", gpus=gpus_to_json({0: PlanChanged(100.0, (late,))}))
+    stats, fake = Stats(), FakeDevice(on_run=lambda: time.sleep(run_ms / 1e3))
+    gate = ArbiterGate(path, wire.Join("a", "a_0", 1, 0, 40.0, 1, 1, 100_000, True), stats=stats)
+    executor = Executor(
+        Pipeline(fake, Staging(1)), gate, batched=True, batch_size=1, slo_us=100_000, reject_late=True,
+        stats=stats,
+    )  # fmt: skip
+    executor.start()
+    try:
+        wait_until(lambda: stats.gated == 1)
+        for _ in range(3):
+            request = FakeRequest([1.0, 2.0])
+            executor.submit([request])
+            request.wait()
+            # Served, where the arbiter had no time to say otherwise.
+            assert request.times_settled == 1 and isinstance(request.error, RejectedError | None)
+        assert all(len(batch) == 1 for batch in fake.batches), "first rows, where the order came behind them"
+    finally:
+        executor.close()
+    orders = arbiter.client.request("status")["models"]["a"]["shed_orders"]
+    assert 1 <= orders <= 3 * 2, "told once a request, or twice where something came between"
 
 
 def test_killed_arbiter_is_done_without_and_used_again(instances, start) -> None:

@@ -91,15 +91,16 @@ def test_give_back_restores_the_queue(batches: int) -> None:
     assert again == [[(big, 0, 4)], [(big, 4, 8)], [(big, 8, 10), (small, 0, 1)]]
 
 
-def test_shedding_spares_what_has_begun() -> None:
+def test_shedding_takes_the_rest_of_what_has_begun() -> None:
     begun, waiting, later = item(range(8), 100), item([1], 150), item([2], 300)
     queue = queue_of(begun, later)
-    queue.take(4)
+    chunk = queue.take(4)
     queue.push(waiting)
-    assert queue.remove_before(200) == []  # the most urgent has begun; those behind it are seen next time
-    queue.take(4)
-    assert queue.remove_before(200) == [waiting]
+    assert queue.remove_before(200) == [begun, waiting]
+    assert (queue.rows, queue.requests, queue.earliest_deadline_us()) == (1, 1, 300)
+    queue.give_back(chunk)  # it could not run after all: nobody waits for it any more
     assert (queue.rows, queue.requests) == (1, 1)
+    assert taken(queue.take(4)) == [(later, 0, 1)]
 
 
 def test_dropping_the_rest_of_a_failed_request() -> None:

@@ -68,6 +68,18 @@ def test_what_cannot_make_it_is_shed_before_it_runs_and_reported() -> None:
     assert any(isinstance(d, Overload) for d in decisions)
 
 
+def test_what_was_shed_and_waits_again_is_served() -> None:
+    """An instance may have rows that it cannot reject: a shed order each time would keep them for ever."""
+    engine = make_engine("dstack")
+    engine.handle(joined("m", 100.0, on_late=OnLate.REJECT), 0)
+    wanted = demand("m", 1.0, 20.0, on_late=OnLate.REJECT)
+    plan = engine_model(surface("m", LIGHT), wanted, 100.0, 8, Interference())
+    engine.handle(PlanChanged(100.0, (plan,)), 0)
+    assert isinstance(engine.handle(WorkQueued("m", 1, 1_000_200), 1_000_000)[0], Shed)
+    again = engine.handle(WorkQueued("m", 1, 1_000_200), 1_000_300)
+    assert [name for name, _ in grants(again)] == ["m"] and not any(isinstance(d, Shed) for d in again)
+
+
 def test_a_departure_frees_the_share_at_once_and_a_new_plan_holds_from_the_next_grant() -> None:
     engine = make_engine("dstack")
     for name in ("a", "b"):

@@ -26,7 +26,7 @@ class Item:
 
     __slots__ = (
         "arrival_us", "batched", "deadline_us", "done_rows", "feeds", "key", "order", "parts", "queued_us",
-        "request", "rows", "settled", "taken_rows",
+        "removed", "request", "rows", "settled", "taken_rows",
     )  # fmt: skip
 
     def __init__(self, request: Request, feeds: Feeds, batched: bool, arrival_us: int, deadline_us: int):
@@ -43,6 +43,7 @@ class Item:
         self.queued_us = arrival_us  # when it was ready to run
         self.parts: dict[int, Mapping[str, Output]] = {}  # outputs of the chunks done, by first row
         self.settled = False  # answered or failed: later chunks are dropped
+        self.removed = False  # taken out of the queue for good
 
 
 def rows_of(feeds: Feeds) -> int:
@@ -167,9 +168,11 @@ class RequestQueue:
         return batch
 
     def give_back(self, batch: Batch) -> None:
-        """Undo take(): its rows wait again, in their old place."""
+        """Undo take(): its rows wait again, in their old place. Not those of requests removed meanwhile."""
         for part in reversed(batch.parts):
             item = part.item
+            if item.removed:
+                continue
             still_queued = item.taken_rows < item.rows
             item.taken_rows -= part.stop - part.start
             if still_queued:
@@ -178,19 +181,17 @@ class RequestQueue:
                 self._insert(item)
 
     def remove_before(self, deadline_us: int) -> list[Item]:
-        """Take out the requests whose deadline is before this time and that no batch has touched yet."""
+        """Take out the requests whose deadline is before this time, also those of which a chunk has run: the
+        rest of it could not make the answer timely, and whoever orders the removal counts on it."""
         removed = []
         for key in list(self._groups):
             heap = self._groups[key]
             while heap and heap[0][0] < deadline_us:
-                if heap[0][2].taken_rows:  # a chunk of it runs: it is served to its end
-                    break
                 removed.append(heapq.heappop(heap)[2])
             if not heap:
                 del self._groups[key]
         for item in removed:
-            self.rows -= item.rows
-            self.requests -= 1
+            self._leave(item)
         return removed
 
     def drop(self, item: Item) -> None:
@@ -201,8 +202,7 @@ class RequestQueue:
                 heap[index] = heap[-1]
                 heap.pop()
                 heapq.heapify(heap)
-                self.rows -= item.rows - item.taken_rows
-                self.requests -= 1
+                self._leave(item)
                 break
         if not heap:
             self._groups.pop(item.key, None)
@@ -211,8 +211,15 @@ class RequestQueue:
         """Take out everything."""
         items = [entry[2] for heap in self._groups.values() for entry in heap]
         self._groups.clear()
-        self.rows = self.requests = 0
+        for item in items:
+            self._leave(item)
         return items
+
+    def _leave(self, item: Item) -> None:
+        """It is out of its heap, for good."""
+        item.removed = True
+        self.rows -= item.rows - item.taken_rows
+        self.requests -= 1
 
 
 def check_rows(batch: Batch, outputs: Mapping[str, Output]) -> None:

@@ -234,6 +234,7 @@ class Books:
         """Reject what is due before before_us; about `left` rows stay."""
         self._out.append(Shed(instance.name, before_us))
         instance.model.shed_count += 1
+        instance.shed_us = instance.deadline_us
         instance.waiting = left
         instance.deadline_us = max(instance.deadline_us, before_us)
 

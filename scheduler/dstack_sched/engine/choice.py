@@ -198,7 +198,9 @@ class ChoosingEngine(EngineBase):
         width = max(latest - instance.deadline_us, 1)
         alive = int(waiting * min(max((latest - end) / width, 0.0), 1.0))
         missed = (waiting - alive) / waiting
-        if not (instance.reject and self.rules.shed):  # those that are late stand before the others
+        # What was shed and is reported again cannot be shed: an order a pass would keep it waiting for ever.
+        shed = instance.reject and self.rules.shed and instance.deadline_us > instance.shed_us
+        if not shed:  # those that are late stand before the others
             in_time = want - (waiting - alive)
             fit_us = row_us[fit] * times.scale * factor
             if fit and fit / fit_us >= in_time / whole_us:

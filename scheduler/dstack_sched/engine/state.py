@@ -110,6 +110,7 @@ class Instance:
         "run",
         "serial",
         "share",
+        "shed_us",
         "slo_us",
         "slow_seen",
         "sm_groups",
@@ -137,6 +138,7 @@ class Instance:
         self.work_since_us = NEVER
         self.lost_grant = 0
         self.lost_us = 0
+        self.shed_us = 0  # the most urgent deadline that was ordered to be rejected
         self.serial = serial
         self.entry: tuple[int, int, Instance, bool] | None = None
         self.chainable = False  # runs, and its next batch may be decided
