@@ -55,7 +55,7 @@ test-gpu: $(if $(PYTHON_OF_GPU),,setup) ## the tests that need an NVIDIA GPU
 test-faults: setup ## every fault on a real Triton under load; figures in run/faults.json
 	mkdir -p run && rm -f run/faults.json
 	OPENBLAS_NUM_THREADS=1 DSTACK_FAULTS_REPORT=run/faults.json $(BIN)/python -m pytest -q \
-	  tests/unit/test_health.py tests/unit/test_apply.py tests/integration/test_arbiter_faults.py \
+	  tests/unit/test_health.py tests/unit/test_server_gpu_guard.py tests/unit/test_apply.py tests/integration/test_arbiter_faults.py \
 	  tests/integration/test_serve.py tests/integration/test_apply_on_triton.py \
 	  tests/integration/test_faults.py tests/integration/test_faults_of_disks_and_clocks.py \
 	  tests/integration/test_soak_and_drift.py tests/unit/test_full_disks.py

@@ -65,6 +65,12 @@ def record(request: pytest.FixtureRequest, load: Load) -> Iterator[Record]:
         path.write_text(json.dumps({**known, request.node.name: counted | figures}, indent=2) + "\n")
 
 
+LOST_GPU = (
+    'E1123 03:09:47.837621 {pid} backend_model.cc:692] "ERROR: Failed to create instance: unable to create '
+    'stream: the remote procedural call between the MPS server and the MPS client failed"\n'
+)
+
+
 def new_stub(site: Site, model: str, not_pid: int) -> bool:
     assert site.serve is not None
     stub = site.serve.stub(model)
@@ -166,6 +172,23 @@ def test_a_killed_triton_comes_back_with_the_plan_in_force(site: Site, load: Loa
     assert site.url == url and consistent(site, tree)
     assert site.run.process.poll() is None, site.run.said()
     assert len(site.arbiter_status()["backends"]) == len(MODELS), "every instance is joined once"
+    record(recovered_s=recovered_s)
+
+
+def test_a_triton_that_lost_its_gpu_is_started_again(site: Site, load: Load, record: Record) -> None:
+    """Without a GPU it cannot come to that: the line that Triton wrote on an H100 is put into its log."""
+    assert site.serve is not None
+    known, triton = len(site.decisions()), site.serve.triton()
+    assert triton is not None
+    lost_s = time.monotonic()
+    with (site.state / "logs" / "triton.log").open("a") as log:
+        log.write(LOST_GPU.format(pid=triton.pid))
+    wait_until("another one runs", lambda: (now := site.serve.triton()) and now.pid != triton.pid, 60)
+    wait_until("all models answer", all_grow(load.counts), RECOVERED_WITHIN_S)
+    recovered_s = time.monotonic() - lost_s
+    wait_until("it is told", lambda: healed(site, "server_without_gpu", "triton", known), RECOVERED_WITHIN_S)
+    load.stop()
+    assert load.failed(sent_after_s=lost_s + recovered_s) == []
     record(recovered_s=recovered_s)
 
 

@@ -45,6 +45,27 @@ class LogOptions:
             raise InputError(f"--log-level {self.level}: one of {', '.join(LEVELS)}")
 
 
+class NewText:
+    """What others append to a log: each call gives what came since the last one. A log that was shortened
+    is read from its beginning; one that cannot be read says nothing."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._read_bytes = 0
+        self()
+
+    def __call__(self) -> str:
+        with contextlib.suppress(OSError), self._path.open("rb") as file:
+            if file.seek(0, 2) < self._read_bytes:
+                self._read_bytes = 0
+            file.seek(self._read_bytes)
+            text = file.read(FILE_BYTES)
+            whole = text.rfind(b"\n") + 1
+            self._read_bytes += whole
+            return text[:whole].decode(errors="replace")
+        return ""
+
+
 def fields(**values: Any) -> dict[str, Any]:
     """The `extra` of a log call: fields of the event, plain JSON types."""
     return {"fields": values}

@@ -8,6 +8,7 @@ import os
 import re
 import secrets
 import shutil
+import signal
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -78,9 +79,9 @@ class TritonProcess:
 
     @property
     def pid(self) -> int:
-        """The server's own process id."""
-        assert self.process is not None
-        return self.process.pid
+        """The server's own process id; 0 while none runs."""
+        process = self.process
+        return process.pid if process is not None else 0
 
     @property
     def grpc_url(self) -> str:
@@ -180,6 +181,12 @@ class TritonProcess:
             return "does not run"
         status = self.process.poll()
         return None if status is None else self._why(MachineError(f"ended with status {status}"))
+
+    def end(self) -> None:
+        """Ask the server to end, once what it has accepted is answered; returns at once. Any thread."""
+        if pid := self.pid:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
 
     def stop(self) -> None:
         """End the server and all it started; remove its shared memory and private files. Safe to repeat."""

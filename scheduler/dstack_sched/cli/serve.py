@@ -12,10 +12,11 @@ import typer
 
 from dstack_sched.adapters.clock import SystemClock
 from dstack_sched.adapters.controller_board import SERVE_BOARD, FileStatusBoard
-from dstack_sched.adapters.logs import LogOptions, logging_to
+from dstack_sched.adapters.logs import LogOptions, NewText, logging_to
 from dstack_sched.adapters.prometheus import PrometheusMetrics
 from dstack_sched.adapters.repository import DiskRepository
 from dstack_sched.adapters.triton_client import TritonClient
+from dstack_sched.app.server_gpu_guard import ServerGpuGuard
 from dstack_sched.app.telemetry import HealthBoard, HealthTelemetry
 from dstack_sched.cli import app
 from dstack_sched.cli.common import (
@@ -120,7 +121,12 @@ def looked_after(
 ) -> Iterator[None]:
     """Models whose processes die, or that a restarted Triton has not loaded, come back by themselves."""
     repository = DiskRepository(host.options.repository)
-    guards = [*host_guards(local_view(server.url, state), server.url), *model_guards(server, repository)]
+    triton = host.triton
+    guards = [
+        *host_guards(local_view(server.url, state), server.url),
+        ServerGpuGuard(NewText(triton.log_path), lambda: triton.pid, triton.end),
+        *model_guards(server, repository),
+    ]
     health = make_health(guards, state, repository, telemetry, not_now=host.mps.starting_again)
 
     def check() -> None:

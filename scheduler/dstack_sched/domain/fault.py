@@ -16,6 +16,7 @@ class FaultKind(str, Enum):
     ARBITER_WITHOUT_PLAN = "arbiter_without_plan"
     PLAN_REFUSED = "plan_refused"
     MPS_DEAD = "mps_dead"
+    SERVER_WITHOUT_GPU = "server_without_gpu"
     GPU_LOST = "gpu_lost"
 
     def __str__(self) -> str:
