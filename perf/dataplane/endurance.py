@@ -48,12 +48,15 @@ SERVING_LIMIT_S = 40.0
 
 
 def memory(study: Study, server: Server) -> dict[str, int]:
-    """What stays while no model is loaded: device memory of everybody, host memory of all but the stubs."""
+    """What stays while no model is loaded: device memory of everybody, host memory of all but the stubs, in
+    all and by program."""
     time.sleep(SETTLE_S)
     held = {"host_bytes": 0, "open_files": 0, "threads": 0}
     for process in server.processes():
         with contextlib.suppress(psutil.NoSuchProcess):  # one that only put a question to the MPS daemon
-            held["host_bytes"] += process.memory_full_info().uss
+            host_bytes, of_program = process.memory_full_info().uss, f"host_bytes of {process.name()}"
+            held["host_bytes"] += host_bytes
+            held[of_program] = held.get(of_program, 0) + host_bytes
             held["open_files"] += process.num_fds()
             held["threads"] += process.num_threads()
     return {
@@ -64,7 +67,7 @@ def memory(study: Study, server: Server) -> dict[str, int]:
 
 
 def growth(before: dict[str, int], after: dict[str, int]) -> dict[str, int]:
-    return {key: after[key] - before[key] for key in before}
+    return {key: after.get(key, 0) - before.get(key, 0) for key in before | after}
 
 
 def instances(study: Study) -> dict[str, Any]:

@@ -66,6 +66,7 @@ def served(study: Study) -> dict[str, Any]:
             "client_batch_16": whole,
             "client_batch_1": best(study, server, name, 1, SINGLE_ROW_CONCURRENCY),
             "relative_error": check_answers(server, name, study.path(name), BATCH),
+            "raw": study.raw(name, BATCH),
         }
         if name == CUDA_MODEL:
             found["cuda_shared_memory"] = with_cuda_memory(study, server, name)
@@ -154,13 +155,14 @@ def overhead(study: Study) -> dict[str, Any]:
     for name, row in found.items():
         row["stages_us"] = stage_means_us(before, after, name)
         row["floor"] = floors.get(name, {})
+        row["raw"] = study.raw(name, 1)
         study.say(f"{name}: p50 {row['latency_ms_p50']:.3f} ms, floor {row['floor']}; {row['stages_us']}")
     return {"models": found}
 
 
 def floor(study: Study, server: Server, name: str) -> dict[str, float]:
     """Latency of one client and throughput of 16-row clients, without any work of ours."""
-    raw_ms = study.result("raw").get(name, {}).get("1", {}).get("device", {}).get("latency_ms_p50", 0.0)
+    raw_ms = study.raw(name, 1).get("device", {}).get("latency_ms_p50", 0.0)
     names = {FLOOR: 0, BUSY: round(1000 * raw_ms)}
     for suffix, busy_us in names.items():
         server.add_floor(name + suffix, name, batch_size=BATCH, busy_us=busy_us)

@@ -160,6 +160,12 @@ class Study:
         found = self.parts.get(part, {})
         return {} if "error" in found else found
 
+    def raw(self, model: str, batch_size: int) -> dict[str, Any]:
+        """What the raw loop took by mode, {} where it has not run. A part that is compared with it keeps it
+        with its own figures: the two are of one run."""
+        found: dict[str, Any] = self.result("raw").get(model, {}).get(str(batch_size), {})
+        return found
+
     @lru_cache(maxsize=1)  # noqa: B019 - one study a process
     def device(self) -> dict[str, Any]:
         """What it ran on; where the driver does not answer, why."""

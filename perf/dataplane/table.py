@@ -34,16 +34,17 @@ def figures(study: Study) -> dict[str, Any]:
     return {**found, "targets": targets(study, found)}
 
 
-def raw_row(study: Study, model: str, batch: str, mode: str = "device") -> Mapping[str, Any]:
-    row: Mapping[str, Any] = study.result("raw").get(model, {}).get(batch, {}).get(mode, {})
-    return row
+def raw_row(row: Mapping[str, Any], mode: str = "device") -> Mapping[str, Any]:
+    """The raw loop's figures that a model's row of a part is compared with."""
+    found: Mapping[str, Any] = row.get("raw", {}).get(mode, {})
+    return found
 
 
 def served_over_raw(study: Study) -> dict[str, float] | None:
     """Best throughput of clients that send 16 rows a request, over the raw loop's at batch 16."""
     ratios = {}
     for model, row in study.result("served").get("models", {}).items():
-        raw = raw_row(study, model, "16").get("rows_per_s")
+        raw = raw_row(row).get("rows_per_s")
         if raw:
             ratios[model] = round(row["client_batch_16"]["best"]["rows_per_s"] / raw, 4)
     return ratios or None
@@ -53,7 +54,7 @@ def cuda_over_raw(study: Study) -> dict[str, float] | None:
     """The same with clients whose tensors are in CUDA shared memory."""
     ratios = {}
     for model, row in study.result("served").get("models", {}).items():
-        raw = raw_row(study, model, "16").get("rows_per_s")
+        raw = raw_row(row).get("rows_per_s")
         best = row.get("cuda_shared_memory", {}).get("best")
         if raw and best and row["cuda_shared_memory"]["memory"] == "cuda":
             ratios[model] = round(best["rows_per_s"] / raw, 4)
@@ -64,7 +65,7 @@ def overhead_ms(study: Study) -> dict[str, float] | None:
     """Median latency of one client with one row, less that of the raw loop."""
     found = {}
     for model, row in study.result("overhead").get("models", {}).items():
-        raw = raw_row(study, model, "1").get("latency_ms_p50")
+        raw = raw_row(row).get("latency_ms_p50")
         if raw:
             found[model] = round(row["latency_ms_p50"] - raw, 4)
     return found or None
@@ -170,8 +171,8 @@ def throughput_table(study: Study, found: Mapping[str, Any]) -> list[str]:
         rows.append(
             [
                 model,
-                number(raw_row(study, model, "16").get("rows_per_s")),
-                number(raw_row(study, model, "16", "copies").get("rows_per_s")),
+                number(raw_row(row).get("rows_per_s")),
+                number(raw_row(row, "copies").get("rows_per_s")),
                 f"{best['rows_per_s']:.0f} ({best['concurrency']} x 16)",
                 f"{single['rows_per_s']:.0f} ({single['concurrency']} x 1)",
                 number((found["served_over_raw"] or {}).get(model), ".2f"),
@@ -215,7 +216,7 @@ def overhead_table(study: Study, found: Mapping[str, Any]) -> list[str]:
     rows = [
         [
             model,
-            *(number(raw_row(study, model, "1", mode).get("latency_ms_p50"), ".3f") for mode in RAW_MODES),
+            *(number(raw_row(row, mode).get("latency_ms_p50"), ".3f") for mode in RAW_MODES),
             number(row["latency_ms_p50"], ".3f"),
             number((found["overhead_ms_p50"] or {}).get(model), ".3f"),
             number(floor_of(study, model).get("latency_ms_p50"), ".3f"),
