@@ -273,9 +273,11 @@ def test_a_client_that_crashes_on_the_gpu_takes_nobody_down_for_good(site: GpuSi
 
 
 def test_a_triton_whose_own_context_died_with_the_daemon_is_started_again(site: GpuSite) -> None:
-    """It loads on for a while: the driver has streams in reserve. The tests above have used some of them."""
+    """It loads on for a while: the driver has streams in reserve."""
     repository = DiskRepository(site.repository)
-    loads = 0
+    loads, known = 0, len(site.decisions())
+    site.daemon().send_signal(signal.SIGKILL)
+    wait_until("both are well again", lambda: well(site, known) >= set(site.models), RECOVERS_WITHIN_S)
     with TritonClient(site.url) as client, Load(site.url, site.models) as load:
         load.wait_for(20)
         with pytest.raises(ServerError, match="lost its own CUDA context"):
