@@ -15,6 +15,7 @@ from dstack_sched.domain.event import (
 from dstack_sched.domain.workload import OnLate
 from dstack_sched.engine.books import REVOKE_WITHIN_US
 from dstack_sched.engine.dstack import DStackEngine, Rules
+from dstack_sched.engine.interface import Engine
 from dstack_sched.engine.registry import make_engine
 from dstack_sched.policy.interference import Interference
 from fakes.worlds import LIGHT, demand, engine_model, surface
@@ -57,12 +58,18 @@ def test_nobody_overtakes_into_a_reserved_place() -> None:
     assert [name for name, _ in grants(ended)] == ["large"]
 
 
-def test_what_cannot_make_it_is_shed_before_it_runs_and_reported() -> None:
+def rejecting_engine() -> Engine:
+    """One model, whose late requests are rejected."""
     engine = make_engine("dstack")
     engine.handle(joined("m", 100.0, on_late=OnLate.REJECT), 0)
     wanted = demand("m", 1.0, 20.0, on_late=OnLate.REJECT)
     plan = engine_model(surface("m", LIGHT), wanted, 100.0, 8, Interference())
     engine.handle(PlanChanged(100.0, (plan,)), 0)
+    return engine
+
+
+def test_what_cannot_make_it_is_shed_before_it_runs_and_reported() -> None:
+    engine = rejecting_engine()
     decisions = engine.handle(WorkQueued("m", 4, 1_000_200), 1_000_000)  # 0.2 ms left, a run takes 0.9 ms
     assert isinstance(decisions[0], Shed) and decisions[0].deadline_before_us > 1_000_200
     assert any(isinstance(d, Overload) for d in decisions)
@@ -70,11 +77,7 @@ def test_what_cannot_make_it_is_shed_before_it_runs_and_reported() -> None:
 
 def test_what_was_shed_and_waits_again_is_served() -> None:
     """An instance may have rows that it cannot reject: a shed order each time would keep them for ever."""
-    engine = make_engine("dstack")
-    engine.handle(joined("m", 100.0, on_late=OnLate.REJECT), 0)
-    wanted = demand("m", 1.0, 20.0, on_late=OnLate.REJECT)
-    plan = engine_model(surface("m", LIGHT), wanted, 100.0, 8, Interference())
-    engine.handle(PlanChanged(100.0, (plan,)), 0)
+    engine = rejecting_engine()
     assert isinstance(engine.handle(WorkQueued("m", 1, 1_000_200), 1_000_000)[0], Shed)
     again = engine.handle(WorkQueued("m", 1, 1_000_200), 1_000_300)
     assert [name for name, _ in grants(again)] == ["m"] and not any(isinstance(d, Shed) for d in again)

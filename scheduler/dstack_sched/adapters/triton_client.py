@@ -15,12 +15,12 @@ from tritonclient.grpc import model_config_pb2
 from tritonclient.utils import InferenceServerException
 
 from dstack_sched.adapters.triton_connection import ConnectionOptions
+from dstack_sched.domain.fault import NO_STREAM
 from dstack_sched.domain.served_model import READY, ServedModel
 from dstack_sched.errors import MachineError, ServerError
 
 CALL_TIMEOUT_S = 10.0
 LOAD_TIMEOUT_S = 600.0  # large models read their weights here
-LOST_GPU = re.compile(r"unable to create stream: (?!out of memory)")  # Triton's own, not a backend's
 STATES = ("UNAVAILABLE", "UNLOADING", "LOADING", "READY")
 # A server that was away for minutes is found again within seconds (gRPC's own limit is two minutes). The
 # sizes are those that tritonclient sets by itself.
@@ -156,7 +156,7 @@ class TritonClient:
             return call(*args, headers=self._headers, client_timeout=timeout_s)
         except InferenceServerException as error:
             words = one_line(error)
-            if LOST_GPU.search(words):
+            if re.search(NO_STREAM, words):
                 words += " (Triton has lost its own CUDA context: start it again, as `dstackctl serve` does)"
             raise ServerError(f"Triton at {self.url}: {what} failed: {words}") from error
 

@@ -10,12 +10,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 
-from dstack_sched.domain.fault import Fault, FaultKind
+from dstack_sched.domain.fault import NO_STREAM, Fault, FaultKind
 
-# Triton's own words, before it asks a backend for anything; memory that is short may be there again later.
+# Triton's own words, before it asks a backend for anything.
 LOST = re.compile(
-    r"^E\d{4} [\d:.]+ (?P<pid>\d+) \S+\] .*Failed to create instance: unable to create stream: "
-    r"(?!out of memory)(?P<why>[^\"\n]+)",
+    r"^E\d{4} [\d:.]+ (?P<pid>\d+) \S+\] .*Failed to create instance: " + NO_STREAM + r"(?P<why>[^\"\n]+)",
     re.MULTILINE,
 )
 SERVER = "triton"

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
+# What Triton says of a CUDA context of its own that is lost; memory that is short may be there again later.
+NO_STREAM = r"unable to create stream: (?!out of memory)"
+
 
 class FaultKind(str, Enum):
     """The faults that are looked for; values are labels of metrics and words of the decision log."""
