@@ -187,10 +187,12 @@ def config_text(how: Served, alternative: Alternative, kind: str) -> str:
 
 
 def server_arguments(alternative: Alternative) -> tuple[str, ...]:
-    """Of tritonserver, beyond the usual."""
+    """Of tritonserver, beyond the usual. Several servers are up at once, and each would ask NVML for its
+    metrics while another one is measured (see gpu_watch.py)."""
+    usual = ("--allow-gpu-metrics=false",)
     if not alternative.rate_limiter:
-        return ()
-    return ("--rate-limit=execution_count", f"--rate-limit-resource={RESOURCE}:100")
+        return usual
+    return (*usual, "--rate-limit=execution_count", f"--rate-limit-resource={RESOURCE}:100")
 
 
 def link(source: Path, target: Path) -> None:

@@ -1,19 +1,17 @@
 """What the GPU did during a stretch of load: SM activity, occupancy, memory bandwidth, energy, GPU% granted.
 
-SM activity is NVML's GPM counter on Hopper (share of cycles with a warp on an SM, over all SMs): the coarse
-"utilization.gpu" is 100% as soon as any kernel runs. It stands in, as `coarse_utilization`, where there is no
-GPM. Energy is NVML's counter for the whole board.
+SM activity is NVML's GPM counter on Hopper (share of cycles with a warp on an SM, over all SMs); the coarse
+"utilization.gpu" is 100% as soon as any kernel runs. Energy is NVML's counter for the whole board. All is
+read at its two ends, never within it: many NVML calls hold up what others launch (decision 0121).
 """
 
 from __future__ import annotations
 
-import statistics
 import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
-COARSE_PERIOD_S = 0.2
 GPM = {
     "sm_activity": "NVML_GPM_METRIC_SM_UTIL",
     "sm_occupancy": "NVML_GPM_METRIC_SM_OCCUPANCY",
@@ -46,10 +44,6 @@ class Nvml:
 
     def free_bytes(self) -> int | None:
         return self._read(lambda nvml: int(nvml.nvmlDeviceGetMemoryInfo(self._device).free))
-
-    def coarse(self) -> float | None:
-        """Share of the last moments in which any kernel ran."""
-        return self._read(lambda nvml: nvml.nvmlDeviceGetUtilizationRates(self._device).gpu / 100.0)
 
     def sm_clock_mhz(self) -> int | None:
         return self._read(lambda nvml: int(nvml.nvmlDeviceGetClockInfo(self._device, nvml.NVML_CLOCK_SM)))
@@ -122,12 +116,7 @@ class GpuWatch(threading.Thread):
         began_s = time.time()
         started_s, energy_mj, sample = time.monotonic(), nvml.energy_mj(), nvml.sample()
         granted = self._granted() if self._granted else None
-        coarse: list[float] = []
-        clocks: list[float] = []
-        while (left_s := started_s + self._seconds - time.monotonic()) > 0:
-            time.sleep(min(left_s, COARSE_PERIOD_S))
-            coarse += [value for value in [nvml.coarse()] if value is not None]
-            clocks += [float(value) for value in [nvml.sm_clock_mhz()] if value is not None]
+        time.sleep(self._seconds)
         seconds = time.monotonic() - started_s
         self.window_s = (began_s, time.time())
         found = self.figures
@@ -137,10 +126,9 @@ class GpuWatch(threading.Thread):
         if energy_mj is not None and after_mj is not None:
             found["energy_j"] = (after_mj - energy_mj) / 1e3
             found["power_w"] = found["energy_j"] / seconds
-        if coarse:
-            found["coarse_utilization"] = statistics.fmean(coarse)
-        if clocks:
-            found["sm_clock_mhz"] = statistics.fmean(clocks)
+        clock_mhz = nvml.sm_clock_mhz()
+        if clock_mhz is not None:
+            found["sm_clock_mhz"] = float(clock_mhz)
         if granted is not None and self._granted is not None:
             found["granted_percent"] = (self._granted() - granted) / (1e3 * seconds)
         self._at_end()

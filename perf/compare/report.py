@@ -132,18 +132,15 @@ def spread(result: Result) -> float | None:
 
 
 def at_peak_rows(document: Mapping[str, Any]) -> Iterable[list[str]]:
-    """What the GPU did at each peak. SM activity where NVML has it, else its coarse utilization."""
+    """What the GPU did at each peak. SM activity where NVML has it."""
     for each in document["cells"]:
         figures = (each["at_peak"] or {}).get("figures", {})
         gpu = figures.get("gpu", {})
-        activity = number(gpu.get("sm_activity"), ".0%")
-        if not activity and gpu.get("coarse_utilization") is not None:
-            activity = f"({gpu['coarse_utilization']:.0%} coarse)"
         granted = gpu.get("granted_percent")
         yield [
             each["cell"], each["policy"], number(each["peak_per_s"]), str(len(each["repeats"])),
-            number(spread(each), ".1%"), activity, number(gpu.get("sm_occupancy"), ".0%"),
-            number(gpu.get("dram_bandwidth"), ".0%"),
+            number(spread(each), ".1%"), number(gpu.get("sm_activity"), ".0%"),
+            number(gpu.get("sm_occupancy"), ".0%"), number(gpu.get("dram_bandwidth"), ".0%"),
             "" if granted is None else f"{granted:.0f}%", number(gpu.get("power_w")),
             number(figures.get("energy_mj_per_inference")), number(figures.get("jain_fairness"), ".3f"),
             number(each.get("saturated", {}).get("jain_fairness") if each.get("curve_done") else None, ".3f"),
