@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import shutil
 import time
+import urllib.request
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from prometheus_client.parser import text_string_to_metric_families
 
 from compare.alternatives import Alternative, Served, server_arguments, write_config, write_repository
 from compare.cells import Cell, arrivals_of, served_name
@@ -28,6 +31,7 @@ from dstack_sched.domain.load import BenchResult
 from dstack_sched.domain.workload import ModelDemand, OnLate, Workload
 from dstack_sched.errors import DstackError, ServerError
 
+SETTLED_LIMIT_S = 60.0  # of the CUDA programs that an instance makes after it is ready
 READY_S = 0.5  # a backend notices within a fifth of a second that the arbiter is gone
 JOINED_LIMIT_S = 10.0
 SLICE_S = 0.15  # of a trial that the timelines show
@@ -84,6 +88,7 @@ class Deployment:
         try:
             self.host.start()
             self._load_all(sorted(set(self._names.values())))
+            self._settle()
             self.server = TritonClient(self.host.triton.grpc_url)
             self._load = self._load_generator(self.server)
         except BaseException:
@@ -116,6 +121,17 @@ class Deployment:
                     done.result()
                 except ServerError as error:
                     raise ServerError(f"{self.alternative.name}: {model}: {error}") from error
+
+    def _settle(self) -> None:
+        """Wait until no instance makes programs any more: that takes cores and GPU from who is measured."""
+        until = time.monotonic() + SETTLED_LIMIT_S
+        expected = len(set(self._names.values())) if not self.alternative.one_process else 0
+        while time.monotonic() < until:
+            left = preparing(f"http://{self.host.triton.metrics_url}/metrics")
+            if len(left) >= expected and not any(left.values()):
+                return
+            time.sleep(0.3)
+        print(f"{self.alternative.name}: programs are still being made: {left}", flush=True)
 
     def triton_version(self) -> str:
         assert self.server is not None
@@ -240,6 +256,22 @@ class Deployment:
     def _close_client(self) -> None:
         if self.server is not None:
             self.server.close()
+
+
+def preparing(url: str) -> dict[str, float]:
+    """Model -> CUDA programs that its instances still make, from Triton's metrics. Errors: ServerError."""
+    try:
+        with urllib.request.urlopen(url, timeout=5.0) as answer:
+            text = answer.read().decode()
+    except OSError as error:
+        raise ServerError(f"{url}: {error}") from error
+    found: dict[str, float] = {}
+    for family in text_string_to_metric_families(text):
+        if family.name == "dstack_preparing_programs":
+            for sample in family.samples:
+                model = sample.labels["model"]
+                found[model] = found.get(model, 0.0) + sample.value
+    return found
 
 
 def stop_quietly(stop: Callable[[], None]) -> None:

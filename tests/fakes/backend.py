@@ -129,7 +129,7 @@ class FakeDevice:
         self.inputs = (TensorSpec("x", "tensor(float)", ("batch", None)),)
         self.outputs = tuple(TensorSpec(name, "tensor(float)", ("batch", None)) for name in ("y", "z"))
         self.levels: tuple[float, ...] = ()
-        self.groups = self.graphs = self.device_bytes = 0
+        self.groups = self.graphs = self.preparing = self.device_bytes = 0
         self.synchronous, self.on_run = synchronous, on_run
         self.takes_parts = False
         self.parts: list[int] = []  # how many parts each batch came in

@@ -747,6 +747,36 @@ def test_groups_that_are_long_unused_make_room(rig: Rig, monkeypatch: pytest.Mon
     rig.cuda.assert_nothing_left()
 
 
+def test_other_groups_are_not_prepared_where_that_takes_long(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda_shelf, "QUICK_S", 0.0)
+    session, x = rig.load(sizes=[4], levels=(25.0,)), rig.rows(4)
+    before = set(session._shelf._programs)
+    running = session.launch(session.stage({"x": x}), sm_groups=0b11)
+    rig.check(running.outputs(), x)
+    running.close()
+    assert session.preparing == 0 and session._shelf._wishing is None
+    assert set(session._shelf._programs) == before
+    session.close()
+
+
+def test_programs_that_follow_are_counted_until_they_are_there(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = rig.load(sizes=())
+    making = threading.Event()
+    made = session._shelf._make
+    monkeypatch.setattr(session._shelf, "_make", lambda *each: (making.wait(10), made(*each))[1])
+    session._shelf.defer([(0, 2), (0, 4)])
+    assert session.preparing == 2
+    making.set()
+    eventually(lambda: session.preparing == 0)
+    assert session._shelf.sizes == [2, 4]
+    session.close()
+    rig.cuda.assert_nothing_left()
+
+
 def test_levels_of_a_model_that_cannot_be_captured(rig: Rig) -> None:
     """It keeps to the SMs of its own share, on a stream of them."""
     rig.no_graphs = True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeAlias
@@ -19,6 +20,9 @@ log = logging.getLogger("dstack")
 Key: TypeAlias = tuple[int, int]  # (mask of SM groups, 0: all that the process has; batch size)
 THREADS = 6  # that prepare programs at a time
 MAX_EXTRA = 24  # programs made on demand beyond those of warm-up; the longest unused ones go first
+# A program that takes longer than this is not made for other SM groups alone while the instance serves: cuDNN
+# compiles for it, seconds on several cores, and those that the levels were prepared on do nearly as well.
+QUICK_S = 1.0
 RESERVE_BYTES = 1 << 30  # of device memory, left to others by programs that are made on demand
 Trial: TypeAlias = Callable[[int], tuple[Mapping[str, Array], list[Array]]]  # size -> feeds, wanted answers
 
@@ -56,6 +60,13 @@ class Shelf:
         self._wished: list[Key] = []
         self._wishing: threading.Thread | None = None
         self._closing = False
+        self._slowest_s = 0.0  # what a program took to make
+
+    @property
+    def preparing(self) -> int:
+        """Programs that are still to be made in the background."""
+        with self._lock:
+            return len(self._wished)
 
     @property
     def sizes(self) -> list[int]:
@@ -83,7 +94,7 @@ class Shelf:
                 self._uses += 1
                 self._last_use[nearest, size] = self._uses
             program = self._programs[nearest, size]
-        if nearest != mask:
+        if nearest != mask and self._slowest_s <= QUICK_S:
             self.wish(mask, size)
         return nearest, program
 
@@ -142,12 +153,14 @@ class Shelf:
         """A program that passed its trial, or why there is none."""
         mask, size = key
         program, stream = None, 0
+        began_s = time.monotonic()
         try:
             stream = self._groups.stream(mask) if self._groups else self._cuda.stream()
             program = self._make(size, stream, graphs)
             if graphs:
                 program.capture()
             self._check(program)
+            self._slowest_s = max(self._slowest_s, time.monotonic() - began_s)
             return program
         except DeviceLostError:
             raise
@@ -198,15 +211,15 @@ class Shelf:
                     self._wished.clear()
                     self._wishing = None
                     return
-                key = self._wished[0]
+                keys = self._wished[:THREADS]
             try:
                 if self._cuda.memory_info()[0] > RESERVE_BYTES:
-                    self.prepare([key], keep=False)
+                    self.prepare(keys, keep=False)
             except Exception as error:  # a lost device: the next launch says so to whom it concerns
-                log.error("%s: cannot prepare SM groups %x: %s", self._name, key[0], one_line(error))
-                self._refused.add(key)
+                log.error("%s: cannot prepare SM groups %x: %s", self._name, keys[0][0], one_line(error))
+                self._refused.update(keys)
             with self._lock:
-                self._wished = [each for each in self._wished if each != key]
+                self._wished = self._wished[len(keys) :]
 
     def _make_room(self) -> None:
         """Drop the longest unused programs beyond MAX_EXTRA."""

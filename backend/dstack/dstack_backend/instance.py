@@ -99,6 +99,7 @@ class Instance:
             "batch_size_rows": self._executor.batch_size,
             "slo_seconds": self._executor.slo_us / 1e6,
             "cuda_graphs": self._session.graphs,
+            "preparing_programs": self._session.preparing,
             "device_memory_bytes": self._session.device_bytes,
         }
 

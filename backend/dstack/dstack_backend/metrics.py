@@ -40,6 +40,7 @@ GAUGES = {
     "batch_size_rows": "Planned rows of a batch, in force",
     "slo_seconds": "Latency objective in force, 0: best effort",
     "cuda_graphs": "Batch sizes that run as a CUDA graph",
+    "preparing_programs": "Programs still to be made in the background; their batches take a larger one",
     "device_memory_bytes": "Device memory that the instance holds",
 }
 # Further series: (name, kind, label, help).

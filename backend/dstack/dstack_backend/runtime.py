@@ -114,7 +114,7 @@ class CpuSession(TwoPhases):
         self.threads = threads
         self.takes_parts = False
         self.levels: tuple[float, ...] = ()
-        self.groups = self.graphs = self.device_bytes = 0
+        self.groups = self.graphs = self.preparing = self.device_bytes = 0
         self._gpu_percent = gpu_percent
         self._session: ort.InferenceSession | None = open_onnx(model_path, ["CPUExecutionProvider"], options)
         self.inputs, self.outputs = specs_of(self._session, model_path)

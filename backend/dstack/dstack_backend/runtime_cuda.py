@@ -158,6 +158,10 @@ class CudaSession(TwoPhases):
         return self._shelf.captured
 
     @property
+    def preparing(self) -> int:
+        return self._shelf.preparing
+
+    @property
     def device_bytes(self) -> int:
         """As far as free memory told while it was taken: other processes that load meanwhile blur it."""
         return (

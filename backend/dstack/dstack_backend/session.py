@@ -97,6 +97,11 @@ class Session(Protocol):
         """Batch sizes that run as a CUDA graph."""
         ...
 
+    @property
+    def preparing(self) -> int:
+        """Programs (a batch size on a share of the device) still to be made, while others serve."""
+        ...
+
     def stage(self, feeds: Mapping[str, Feed]) -> Staged:
         """Bring inputs to the device, from host or device memory, which must stay as it is until the batch
         has run. Rows of all inputs agree. Raises RunError, DeviceLostError."""
