@@ -158,6 +158,7 @@ class CellRun:
         study.say(
             f"  {cell.key} {alternative.name}: {rate_per_s:7.0f}/s -> worst attainment "
             f"{trial.attainment:.3f}, goodput {trial.goodput_per_s:.0f}/s"
+            f", left out {trial.figures['left_out_share']:.0%}"
         )
         return trial
 

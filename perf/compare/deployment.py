@@ -18,6 +18,7 @@ from compare.cells import Cell, arrivals_of, served_name
 from compare.gpu_watch import GpuWatch, Nvml
 from compare.one_process.repository import SEPARATOR
 from compare.peak import Trial
+from compare.stalls import StallProbe
 from compare.traces import Recorder, spans, trial_of
 from dstack_sched.adapters.arbiter_client import SocketArbiterClient
 from dstack_sched.adapters.clock import SystemClock
@@ -201,11 +202,13 @@ class Deployment:
             self.site.nvml, options.warmup_s, options.seconds,
             granted=self._granted if self.arbiter_runs else None, at_end=read_batches,
         )  # fmt: skip
-        result = run_bench(
-            workload, recorder, self._renamed, SystemClock(), options, watch.start, arrivals_of(cell, repeat)
-        )
+        with StallProbe() as probe:
+            result = run_bench(
+                workload, recorder, self._renamed, SystemClock(), options, watch.start,
+                arrivals_of(cell, repeat),
+            )  # fmt: skip
         watch.join()
-        trial = trial_of(result, recorder.traces, watch.window_s, watch.figures)
+        trial = trial_of(result, recorder.traces, watch.window_s, watch.figures, probe.stalls_s)
         end_s = watch.window_s[1]
         trial.figures["timeline"] = {
             "seconds": SLICE_S,

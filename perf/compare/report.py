@@ -69,7 +69,8 @@ def write(document: Mapping[str, Any], directory: Path) -> Path:
         "## At the peak",
         "",
         *table(("cell", "alternative", "peak/s", "repeats", "spread", "SM activity", "occupancy", "DRAM",
-                "GPU% granted", "W", "mJ a request", "fairness", "at 1.5x"), at_peak_rows(document)),
+                "GPU% granted", "W", "mJ a request", "fairness", "at 1.5x", "left out"),
+               at_peak_rows(document)),
         "",
         *latency_section(cells),
         *variants_section(document, cells),
@@ -144,6 +145,7 @@ def at_peak_rows(document: Mapping[str, Any]) -> Iterable[list[str]]:
             "" if granted is None else f"{granted:.0f}%", number(gpu.get("power_w")),
             number(figures.get("energy_mj_per_inference")), number(figures.get("jain_fairness"), ".3f"),
             number(each.get("saturated", {}).get("jain_fairness") if each.get("curve_done") else None, ".3f"),
+            number(figures.get("left_out_share"), ".0%"),
         ]  # fmt: skip
 
 

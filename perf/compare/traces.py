@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from compare.peak import Trial
+from compare.stalls import length_s, outside
 from dstack_sched.app.bench import LoadGenerator, LoadRun
 from dstack_sched.domain.load import BenchResult, LoadTrace
 from dstack_sched.errors import ServerError
@@ -72,21 +73,32 @@ def quantiles(latency_ms: np.ndarray) -> list[float]:
 
 
 def trial_of(
-    result: BenchResult, traces: Traces, window_s: tuple[float, float], gpu: Mapping[str, float]
+    result: BenchResult,
+    traces: Traces,
+    window_s: tuple[float, float],
+    gpu: Mapping[str, float],
+    stalls_s: np.ndarray,
 ) -> Trial:
     """The figures of a stretch: by model, and of the worst of them. window_s: the stretch in wall-clock
-    seconds. Errors: ServerError, no load measured."""
+    seconds. stalls_s: what of it is left out (stalls.py), shape (stalls, 2). Errors: ServerError, no load
+    measured."""
     models = {}
+    stalls_s = np.clip(stalls_s, *window_s)
+    kept_s = window_s[1] - window_s[0] - length_s(stalls_s)
     for name, each in result.models.items():
         if each.slo_attainment is None:
             raise ServerError(f"{name}: the load could not be measured ({each.requests} requests)")
         sent_s = np.concatenate([part.sent_s for part in traces[name]])
         latency_ms = np.concatenate([part.latency_ms for part in traces[name]])
         inside = (sent_s >= window_s[0]) & (sent_s < window_s[1])
+        kept = inside & outside(sent_s, sent_s + latency_ms / 1e3, stalls_s)
+        good = int((latency_ms[kept] <= (each.slo_ms or np.inf)).sum())
         models[name] = {
             "rate_per_s": round(each.rate_per_s, 2), "requests": each.requests, "failed": each.failed,
             "p50_ms": each.latency_ms_p50, "p99_ms": each.latency_ms_p99,
-            "attainment": each.slo_attainment, "goodput_per_s": round(each.goodput_per_s, 2),
+            "attainment": good / max(1, int(kept.sum()) + each.failed),
+            "goodput_per_s": round(good / kept_s, 2) if kept_s > 0 else 0.0,
+            "kept": int(kept.sum()), "attainment_of_all": each.slo_attainment,
             "served_share": served_share(sent_s, latency_ms, window_s),
             "cdf_ms": quantiles(latency_ms[inside]),
             "send_lag_ms_p99": each.send_lag_ms_p99,
@@ -96,11 +108,12 @@ def trial_of(
     energy_j = gpu.get("energy_j")
     return Trial(
         rate_per_s=sum(each.rate_per_s for each in result.models.values()),
-        attainment=min(each.slo_attainment or 0.0 for each in result.models.values()),
-        goodput_per_s=sum(each.goodput_per_s for each in result.models.values()),
+        attainment=min(each["attainment"] for each in models.values()),
+        goodput_per_s=sum(each["goodput_per_s"] for each in models.values()),
         figures={
             "models": models,
             "gpu": {key: round(value, 4) for key, value in gpu.items()},
+            "left_out_share": round(1.0 - kept_s / (window_s[1] - window_s[0]), 4),
             "jain_fairness": round(jain(shares), 4),
             "energy_mj_per_inference": round(1e3 * energy_j / answered, 2) if energy_j and answered else None,
         },

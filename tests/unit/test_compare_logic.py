@@ -18,9 +18,10 @@ from compare.cells import Cell, arrivals_of
 from compare.peak import Trial, find_peak
 from compare.planning import PLAN_STEP, rung
 from compare.report import write
+from compare.stalls import length_s, outside
 from compare.static_search import StaticSearch, candidates
-from compare.traces import CDF_PERCENTS, Recorder, served_share, spans
-from dstack_sched.domain.load import LoadTrace
+from compare.traces import CDF_PERCENTS, Recorder, served_share, spans, trial_of
+from dstack_sched.domain.load import BenchResult, LoadTrace, ModelResult
 from dstack_sched.domain.workload import ModelDemand, OnLate
 from dstack_sched.errors import InputError
 
@@ -251,3 +252,25 @@ def test_the_report_is_written_from_whatever_is_there(tmp_path: Path) -> None:
     for name in ("goodput", "latency", "timeline"):
         assert (tmp_path / f"{name}_C-4_5_equal_poisson.png").stat().st_size > 1000
     assert write(document(), tmp_path).exists()
+
+
+def test_requests_of_stalls_are_left_out_good_and_bad_alike() -> None:
+    """Ten requests of 10 ms, one each 0.1 s; the machine stalls where the 3rd and the 4th (late) are."""
+    sent = 100.0 + 0.1 * np.arange(10)
+    latency = np.full(10, 10.0)
+    latency[3] = 90.0
+    stalls = np.array([[100.205, 100.302], [100.29, 100.32]])
+    assert outside(sent, sent + latency / 1e3, stalls).sum() == 8
+    assert length_s(stalls) == pytest.approx(0.115)
+    found = ModelResult(
+        slo_ms=20.0, rate_per_s=10.0, requests=10, failed=0, unmeasured=0, latency_ms_p50=10.0,
+        latency_ms_p95=10.0, latency_ms_p99=10.0, slo_attainment=0.9, goodput_per_s=9.0,
+        send_lag_ms_p99=0.0, errors=(),
+    )  # fmt: skip
+    result = BenchResult(1.0, 0.0, 1, 0.99, {"a": found}, ("a",))
+    traces = {"a": [LoadTrace(sent, latency)]}
+    trial = trial_of(result, traces, (100.0, 101.0), {}, stalls)
+    assert trial.attainment == 1.0 and trial.figures["models"]["a"]["attainment_of_all"] == 0.9
+    assert trial.goodput_per_s == pytest.approx(8 / 0.885, rel=1e-3)
+    assert trial.figures["left_out_share"] == pytest.approx(0.115)
+    assert trial_of(result, traces, (100.0, 101.0), {}, np.empty((0, 2))).attainment == 0.9
