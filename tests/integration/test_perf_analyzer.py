@@ -8,12 +8,15 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from dstack_backend.endpoint import SOCKET_VARIABLE
-from dstack_sched.adapters.perf_analyzer import find_perf_analyzer
+from dstack_sched.adapters import perf_analyzer
+from dstack_sched.adapters.perf_analyzer import LoadOptions, PerfAnalyzerLoad, find_perf_analyzer
 from dstack_sched.adapters.triton_client import TritonClient
 from dstack_sched.adapters.triton_process import TritonProcess, find_server
+from dstack_sched.errors import InputError
 from fakes.feature_models import lookup, save
 
 SAMPLES = Path(__file__).parents[2] / "model_repository"
@@ -99,7 +102,8 @@ def test_bench_starts_a_generator_anew_that_sends_nothing(
     """As perf_analyzer does now and then on a busy machine (app/bench.py, again_if_silent)."""
     program = tmp_path / "perf_analyzer"
     program.write_text(
-        f'#!/bin/sh\nmkdir {tmp_path}/hung 2>/dev/null && exec sleep 600\nexec {find_perf_analyzer()} "$@"\n'
+        f'#!/bin/sh\n[ "$1" != --version ] && mkdir {tmp_path}/hung 2>/dev/null && exec sleep 600\n'
+        f'exec {find_perf_analyzer()} "$@"\n'
     )
     program.chmod(0o755)
     monkeypatch.setenv("PERF_ANALYZER", str(program))
@@ -173,3 +177,19 @@ def test_doctor_names_the_mend_of_what_is_missing(tmp_path: Path) -> None:
     missing = {check["name"]: check for check in json.loads(run.stdout)["checks"] if not check["ok"]}
     assert missing["tritonserver"]["mend"] == "give its directory or its binary"
     assert missing["tritonserver"]["needed"] is True
+
+
+def test_a_load_whose_inputs_do_not_fit_the_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody listens there, so what is started ends; shared memory is not kept."""
+    declared = {"name": "x", "data_type": "TYPE_UINT8", "dims": [3, 224, 224]}
+    configs = {"m": {"name": "m", "max_batch_size": 8, "input": [declared]}}
+    program = find_perf_analyzer()
+    with PerfAnalyzerLoad(program, LoadOptions("127.0.0.1:1"), configs) as load:
+        monkeypatch.setattr(perf_analyzer, "available_bytes", lambda: 2_000_000_000)
+        assert load.start("m", np.full(10, 1000)).ends_within(30.0)
+        with pytest.raises(
+            InputError, match=r"^m: perf_analyzer keeps .* for 10000 .*--shared-memory"
+        ):
+            load.start("m", np.full(10_000, 1000))
+    with PerfAnalyzerLoad(program, LoadOptions("127.0.0.1:1", shared_memory="system"), configs) as load:
+        assert load.start("m", np.full(10_000, 1000)).ends_within(30.0)

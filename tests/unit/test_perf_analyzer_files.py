@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dstack_sched.adapters.perf_analyzer import example_request, parse_export, why
+from dstack_sched.adapters.perf_analyzer import example_request, kept_bytes_of, parse_export, why
 from dstack_sched.cli.bench import parse_data, parse_shapes
 from dstack_sched.errors import InputError, MachineError
 
@@ -111,3 +111,14 @@ def test_data_option(tmp_path: Path) -> None:
     for bad in ("m", f"={file}", "m=", f"m={file}.not"):
         with pytest.raises(InputError, match="expected MODEL=FILE"):
             parse_data([bad])
+
+
+def test_strings_are_kept_as_they_are() -> None:
+    assert kept_bytes_of({"x": {"content": ["ab", "c"], "shape": [2]}}, numbers=True) == 9
+
+
+@pytest.mark.parametrize(("numbers", "kept"), [(False, 3 * 150528), (True, 23 * 150528)])
+def test_images_are_kept_in_copies_and_later_as_numbers(numbers: bool, kept: int) -> None:
+    declared = {"name": "x", "data_type": "TYPE_UINT8", "dims": [3, 224, 224]}
+    request = example_request({"name": "m", "max_batch_size": 8, "input": [declared]}, {})
+    assert kept_bytes_of(request, numbers=numbers) == kept

@@ -161,10 +161,13 @@ def test_notes_say_what_the_profile_cannot_tell():
 
 
 def test_capacity_is_as_measured_or_as_told():
-    assert make_plan(h100_profiles(), workload()).capacity_percent == 100.0  # enough here
+    """The arbiter may promise what was measured to pay, also where the models would fit in less."""
+    assert make_plan(h100_profiles(), workload()).capacity_percent == 200.0
+    told = PlanOptions(capacity_percent=100.0)
+    assert make_plan(h100_profiles(), workload(), told).capacity_percent == 100.0
     tight = make_plan(h100_profiles(), workload(4.0))
     assert tight.feasible and tight.capacity_percent == 200.0
-    assert not make_plan(h100_profiles(), workload(4.0), PlanOptions(capacity_percent=100.0)).feasible
+    assert not make_plan(h100_profiles(), workload(4.0), told).feasible
 
 
 def _cpu_profiles(cores: int = 2) -> ProfileSet:

@@ -43,6 +43,12 @@ ONNX_TYPES = {
 # It only sends; answers come in asynchronously. Of several senders one alone may miss its start (see
 # again_if_silent in app/bench.py), and its requests would look like those that a server never answers.
 SENDERS = 1
+# What it keeps of each request until it ends: three copies of the inputs; later versions write every value to
+# the export as a number, which takes this many bytes more each (decision 0121). None with shared memory.
+COPIES = 3
+BYTES_A_NUMBER = 20
+MOST_MEMORY = 0.5  # of what is free
+KEEPS_COPIES_ONLY = re.compile(r"Version 2\.(?:[0-3]?\d|4[0-8])\.")
 
 
 def find_perf_analyzer(environ: Mapping[str, str] = os.environ) -> Path:
@@ -88,6 +94,8 @@ class PerfAnalyzerLoad:
         self._configs = configs
         self._directory = Path(tempfile.mkdtemp(prefix="dstack-bench-"))
         self._runs: list[PerfAnalyzerRun] = []
+        self._kept_bytes: dict[str, int] = {}  # of a request, by model
+        self._numbers = not KEEPS_COPIES_ONLY.search(version_of(program))
         self._data = {model: self._input_data(model) for model in configs}
 
     def __enter__(self) -> PerfAnalyzerLoad:
@@ -99,13 +107,28 @@ class PerfAnalyzerLoad:
         shutil.rmtree(self._directory, ignore_errors=True)
 
     def start(self, model: str, intervals_us: np.ndarray) -> PerfAnalyzerRun:
-        """Send requests to `model`, one after each interval (whole microseconds, shape (requests,))."""
+        """Send requests to `model`, one after each interval (whole microseconds, shape (requests,)).
+
+        Errors: InputError where what perf_analyzer would keep of them does not fit the memory.
+        """
+        kept_bytes = len(intervals_us) * self._kept_bytes.get(model, 0)
+        self._check_memory(model, len(intervals_us), kept_bytes)
         files = self._directory / f"{model}-{len(self._runs)}"
         files.mkdir()
         (files / "intervals").write_text("".join(f"{value}\n" for value in intervals_us.tolist()))
-        run = PerfAnalyzerRun(self._command(model, files, len(intervals_us)), files)
+        run = PerfAnalyzerRun(self._command(model, files, len(intervals_us)), files, kept_bytes)
         self._runs.append(run)
         return run
+
+    def _check_memory(self, model: str, requests: int, kept_bytes: int) -> None:
+        free_bytes = available_bytes()
+        others = sum(run.kept_bytes for run in self._runs if not run.ends_within(0.0))
+        if free_bytes and kept_bytes + others > free_bytes * MOST_MEMORY:
+            raise InputError(
+                f"{model}: {PROGRAM} keeps the inputs of all its requests, {kept_bytes / 1e9:.1f} GB for "
+                f"{requests} of them, and {free_bytes / 1e9:.1f} GB are free; use --shared-memory system "
+                "(one model at a time), a shorter --seconds or a smaller --scale"
+            )
 
     def _command(self, model: str, files: Path, requests: int) -> list[str]:
         options = self._options
@@ -122,10 +145,42 @@ class PerfAnalyzerLoad:
         if model in self._options.data:
             return self._options.data[model]
         path = self._directory / f"{model}.json"
-        path.write_text(
-            json.dumps({"data": [example_request(self._configs[model], self._options.shapes.get(model, {}))]})
-        )
+        request = example_request(self._configs[model], self._options.shapes.get(model, {}))
+        if self._options.shared_memory == "none":
+            self._kept_bytes[model] = kept_bytes_of(request, numbers=self._numbers)
+        path.write_text(json.dumps({"data": [request]}))
         return path
+
+
+def version_of(program: Path) -> str:
+    """What it says of its version; "" where it says nothing."""
+    try:
+        said = subprocess.run([str(program), "--version"], capture_output=True, text=True, timeout=10.0)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return said.stdout + said.stderr
+
+
+def available_bytes() -> int:
+    """Memory that can be had without swapping; 0 where Linux does not tell."""
+    try:
+        text = Path("/proc/meminfo").read_text()
+    except OSError:
+        return 0
+    found = re.search(r"^MemAvailable:\s+(\d+) kB", text, re.MULTILINE)
+    return int(found[1]) * 1024 if found else 0
+
+
+def kept_bytes_of(request: Mapping[str, Mapping[str, Any]], *, numbers: bool) -> int:
+    """What perf_analyzer keeps of a request as `example_request` makes it. numbers: module constants."""
+    kept = 0
+    for tensor in request.values():
+        elements = int(np.prod(tensor["shape"], dtype=np.int64))
+        if "b64" in tensor:
+            kept += COPIES * (len(tensor["b64"]) * 3 // 4) + (BYTES_A_NUMBER * elements if numbers else 0)
+        else:
+            kept += COPIES * sum(len(each) for each in tensor["content"])
+    return kept
 
 
 def _connection_arguments(options: LoadOptions) -> list[str]:
@@ -148,8 +203,9 @@ def _connection_arguments(options: LoadOptions) -> list[str]:
 class PerfAnalyzerRun:
     """One running perf_analyzer."""
 
-    def __init__(self, command: Sequence[str], files: Path) -> None:
+    def __init__(self, command: Sequence[str], files: Path, kept_bytes: int = 0) -> None:
         self._files = files
+        self.kept_bytes = kept_bytes
         with (files / "output").open("wb") as output:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
