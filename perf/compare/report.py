@@ -30,7 +30,9 @@ Load: a perf_analyzer a model over gRPC, open loop, the same arrival seeds for e
 up, one a repeat). Images travel as 8 bits a channel and BERT answers with its first token's state, so that
 clients and network take a small part of a request. All alternatives run the same backend with CUDA graphs
 and the pipeline, batches of up to 32 (planned sizes where shares are planned). The servers of a cell are up
-together; all but the one that is measured are idle. No alternative rejects late requests.
+together; all but the one that is measured are idle. Moments in which the machine itself stalls
+(compare/stalls.py) are left out, requests in time and late alike; "left out" is their share of the trial. No
+alternative rejects late requests.
 
 (g) shares one Python interpreter between the models' threads, which Triton's own onnxruntime backend would
 not; (f) has 100 units of one resource and each model takes its GPU% of them while it runs. Fairness: Jain's
