@@ -187,9 +187,7 @@ def test_a_load_whose_inputs_do_not_fit_the_memory_is_refused(monkeypatch: pytes
     with PerfAnalyzerLoad(program, LoadOptions("127.0.0.1:1"), configs) as load:
         monkeypatch.setattr(perf_analyzer, "available_bytes", lambda: 2_000_000_000)
         assert load.start("m", np.full(10, 1000)).ends_within(30.0)
-        with pytest.raises(
-            InputError, match=r"^m: perf_analyzer keeps .* for 10000 .*--shared-memory"
-        ):
+        with pytest.raises(InputError, match=r"^m: perf_analyzer keeps .* for 10000 .*--shared-memory"):
             load.start("m", np.full(10_000, 1000))
     with PerfAnalyzerLoad(program, LoadOptions("127.0.0.1:1", shared_memory="system"), configs) as load:
         assert load.start("m", np.full(10_000, 1000)).ends_within(30.0)
