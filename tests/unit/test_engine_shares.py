@@ -40,7 +40,12 @@ def granted(engine: DStackEngine, name: str, waiting: int, deadline_us: int) -> 
     ("shares", "capacity", "wanted"),
     [
         ({"a": 10.0, "b": 20.0}, 60.0, {"a": 20.0, "b": 40.0}),  # in proportion, until the capacity is full
-        ({"a": 20.0, "b": 60.0}, 300.0, {"a": 30.0, "b": 70.0}),  # to two thirds for one, up to a level
+        (
+            {"a": 20.0, "b": 60.0, "c": 10.0},
+            190.0,
+            {"a": 30.0, "b": 70.0, "c": 20.0},
+        ),  # to two thirds for one
+        ({"a": 20.0, "b": 60.0}, 300.0, {"a": 40.0, "b": 100.0}),  # to an equal part where that is more
         ({"a": 60.0, "b": 90.0}, 100.0, {"a": 60.0, "b": 90.0}),  # never shrunk
         ({"a": 25.0, "b": 25.0}, 50.0, {"a": 30.0, "b": 20.0}),  # rounding never exceeds the capacity
         ({"a": 15.0, "b": 25.0}, 40.0, {"a": 20.0, "b": 20.0}),  # what rounding leaves goes to one of them
@@ -56,6 +61,6 @@ def test_planned_shares_are_stretched(
 
 def test_who_would_be_late_gets_more_of_what_is_free() -> None:
     """A row takes 10 ms at 20%: with 8 ms left, of which 2 are kept in hand, it needs 40%."""
-    shares = {"a": 20.0, "b": 70.0}
-    assert granted(engine_of(shares, 300.0), "a", 1, 10 * SLO_US) == 20.0
-    assert granted(engine_of(shares, 300.0), "a", 1, 8_000) == 40.0
+    shares = {"a": 20.0, "b": 70.0, "c": 20.0}
+    assert granted(engine_of(shares, 180.0), "a", 1, 10 * SLO_US) == 20.0
+    assert granted(engine_of(shares, 180.0), "a", 1, 8_000) == 40.0

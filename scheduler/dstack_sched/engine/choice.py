@@ -97,7 +97,8 @@ class ChoosingEngine(EngineBase):
 
     def _stretch(self) -> None:
         """Stretch the planned shares of those that have a choice in proportion, until together they fill the
-        capacity or the largest is WIDEST_PERCENT; the rounding to levels goes to who lost most by it.
+        capacity or the largest is WIDEST_PERCENT, or an equal part where that is more (two models at a
+        capacity of 200%: all of the GPU each, decisions/0122); the rounding to levels goes to who lost most by it.
 
         Fewer batches at once that run faster: with a small share each a run takes so long that a request
         which comes in the middle of one is late (decisions/0051)."""
@@ -105,7 +106,8 @@ class ChoosingEngine(EngineBase):
         planned = [min(i.model.plan.gpu_percent, self.capacity) for i in instances]
         stretch = 1.0
         if planned and min(planned) > 0:
-            stretch = max(1.0, min(self.capacity / sum(planned), WIDEST_PERCENT / max(planned)))
+            widest = min(100.0, max(WIDEST_PERCENT, self.capacity / len(planned)))
+            stretch = max(1.0, min(self.capacity / sum(planned), widest / max(planned)))
         lost: list[tuple[float, Instance]] = []  # by rounding down to a level
         for instance in instances:
             if len(instance.levels) > 1 and self.rules.levels:
