@@ -98,7 +98,8 @@ class ChoosingEngine(EngineBase):
     def _stretch(self) -> None:
         """Stretch the planned shares of those that have a choice in proportion, until together they fill the
         capacity or the largest is WIDEST_PERCENT, or an equal part where that is more (two models at a
-        capacity of 200%: all of the GPU each, decisions/0122); the rounding to levels goes to who lost most by it.
+        capacity of 200%: all of the GPU each, decisions/0122); the rounding to levels goes to who lost most
+        by it.
 
         Fewer batches at once that run faster: with a small share each a run takes so long that a request
         which comes in the middle of one is late (decisions/0051)."""
