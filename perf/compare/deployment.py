@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import shutil
 import time
-import urllib.request
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from prometheus_client.parser import text_string_to_metric_families
 
 from compare.alternatives import Alternative, Served, server_arguments, write_config, write_repository
 from compare.cells import Cell, arrivals_of, served_name
@@ -25,6 +22,7 @@ from dstack_sched.adapters.clock import SystemClock
 from dstack_sched.adapters.mps_console import PIPE_VARIABLE
 from dstack_sched.adapters.perf_analyzer import LoadOptions, PerfAnalyzerLoad, find_perf_analyzer
 from dstack_sched.adapters.triton_client import TritonClient
+from dstack_sched.adapters.triton_metrics import TritonMetrics
 from dstack_sched.app.bench import BenchOptions, again_if_silent, run_bench
 from dstack_sched.app.timeline import read_timeline
 from dstack_sched.cli.host import Host, HostOptions
@@ -126,9 +124,10 @@ class Deployment:
     def _settle(self) -> None:
         """Wait until no instance makes programs any more: that takes cores and GPU from who is measured."""
         until = time.monotonic() + SETTLED_LIMIT_S
+        metrics = TritonMetrics(self.host.triton.metrics_url)
         expected = len(set(self._names.values())) if not self.alternative.one_process else 0
         while time.monotonic() < until:
-            left = preparing(f"http://{self.host.triton.metrics_url}/metrics")
+            left = metrics.preparing()
             if len(left) >= expected and not any(left.values()):
                 return
             time.sleep(0.3)
@@ -259,22 +258,6 @@ class Deployment:
     def _close_client(self) -> None:
         if self.server is not None:
             self.server.close()
-
-
-def preparing(url: str) -> dict[str, float]:
-    """Model -> CUDA programs that its instances still make, from Triton's metrics. Errors: ServerError."""
-    try:
-        with urllib.request.urlopen(url, timeout=5.0) as answer:
-            text = answer.read().decode()
-    except OSError as error:
-        raise ServerError(f"{url}: {error}") from error
-    found: dict[str, float] = {}
-    for family in text_string_to_metric_families(text):
-        if family.name == "dstack_preparing_programs":
-            for sample in family.samples:
-                model = sample.labels["model"]
-                found[model] = found.get(model, 0.0) + sample.value
-    return found
 
 
 def stop_quietly(stop: Callable[[], None]) -> None:

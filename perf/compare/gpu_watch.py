@@ -2,7 +2,7 @@
 
 SM activity is NVML's GPM counter on Hopper (share of cycles with a warp on an SM, over all SMs); the coarse
 "utilization.gpu" is 100% as soon as any kernel runs. Energy is NVML's counter for the whole board. All is
-read at its two ends, never within it: many NVML calls hold up what others launch (decision 0121).
+read at the two ends of the stretch: within it the machine is left alone.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ def test_the_rate_limiter_is_switched_on_and_counts_what_runs() -> None:
     text = config_text(Served(gpu_percent=35.0, batch_size=4), limited, "KIND_GPU")
     assert "count: 35 }" in text and 'key: "prefetch" value { string_value: "0" }' in text
     assert "--rate-limit=execution_count" in server_arguments(limited)
-    assert "--rate-limit=execution_count" not in server_arguments(ALTERNATIVES["mps-static"])
+    assert server_arguments(ALTERNATIVES["mps-static"]) == ("--allow-gpu-metrics=false",)
 
 
 def test_the_search_makes_large_steps_while_it_is_far_off() -> None:

@@ -40,11 +40,8 @@ def granted(engine: DStackEngine, name: str, waiting: int, deadline_us: int) -> 
     ("shares", "capacity", "wanted"),
     [
         ({"a": 10.0, "b": 20.0}, 60.0, {"a": 20.0, "b": 40.0}),  # in proportion, until the capacity is full
-        (
-            {"a": 20.0, "b": 60.0, "c": 10.0},
-            190.0,
-            {"a": 30.0, "b": 70.0, "c": 20.0},
-        ),  # to two thirds for one
+        # to two thirds for one, up to a level
+        ({"a": 20.0, "b": 60.0, "c": 10.0}, 190.0, {"a": 30.0, "b": 70.0, "c": 20.0}),
         ({"a": 20.0, "b": 60.0}, 300.0, {"a": 40.0, "b": 100.0}),  # to an equal part where that is more
         ({"a": 60.0, "b": 90.0}, 100.0, {"a": 60.0, "b": 90.0}),  # never shrunk
         ({"a": 25.0, "b": 25.0}, 50.0, {"a": 30.0, "b": 20.0}),  # rounding never exceeds the capacity

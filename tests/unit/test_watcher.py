@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dstack_sched.adapters.triton_metrics import parse_waiting
+from dstack_sched.adapters.triton_metrics import PREPARING, WAITING, sums_by_model
 from dstack_sched.app.drift import digest
 from dstack_sched.app.rates import ArrivalMeter, CounterDelta, Counts, arrivals, failures
 from dstack_sched.app.watcher import Watcher
@@ -91,14 +91,21 @@ nv_inference_pending_request_count{model="a",version="2"} 1
 nv_inference_pending_request_count{model="b",version="1"} 0
 # TYPE dstack_waiting_rows gauge
 dstack_waiting_rows{model="a",version="1",instance="a_0",pid="12"} 4
+# TYPE dstack_preparing_programs gauge
+dstack_preparing_programs{model="a",version="1",instance="a_0",pid="12"} 2
+dstack_preparing_programs{model="a",version="1",instance="a_1",pid="13"} 3
 # TYPE nv_cpu_utilization gauge
 nv_cpu_utilization 0.5
 """
 
 
 def test_what_waits_is_read_from_tritons_metrics() -> None:
-    assert parse_waiting(METRICS) == {"a": 12, "b": 0}
-    assert parse_waiting("") == {}
+    assert sums_by_model(METRICS, WAITING) == {"a": 12, "b": 0}
+    assert sums_by_model("", WAITING) == {}
+
+
+def test_what_is_prepared_is_read_from_tritons_metrics() -> None:
+    assert sums_by_model(METRICS, PREPARING) == {"a": 5}
 
 
 class World:

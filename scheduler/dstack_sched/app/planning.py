@@ -128,7 +128,7 @@ def _plan(case: Case, plan: JointPlan, gpus: int, scale: Scale, *, feasible: boo
             *scale.limits,
         )
     return Plan(
-        capacity_percent=max(plan.capacity_percent, case.capacities[-1]),
+        capacity_percent=case.capacities[-1],
         gpus=gpu_names(case, gpus),
         models={
             placed.task.name: _row(case, plan, placed, rate_scale if not feasible else 1.0)
