@@ -40,6 +40,7 @@ from compare.gpu_watch import Nvml
 from compare.planning import SIM_SECONDS, Planner
 from compare.report import peaks_table
 from compare.report import write as write_readme
+from compare.steady import SteadyMemory
 from compare.study import Study
 from dstack_backend.settings import PARAMETERS
 from dstack_sched.adapters.mps import MpsDaemon
@@ -82,15 +83,18 @@ def measure(study: Study) -> None:
     daemon = MpsDaemon(options.work / "mps.log")
     if options.device == "cuda" and not daemon.available():
         raise MachineError("no GPU, or no nvidia-cuda-mps-control on PATH; --device cpu is a dry run")
-    try:
-        daemon.start()  # one for all servers of all cells, which find it
-        for cell in options.cells:
-            run_cell(study, cell)
-    finally:
-        stop_quietly(daemon.stop)
+    with SteadyMemory(options.work) as steady:
+        if not steady.works:
+            study.say("no C compiler: perf_analyzer takes fresh memory while it sends (compare/steady.c)")
+        try:
+            daemon.start()  # one for all servers of all cells, which find it
+            for cell in options.cells:
+                run_cell(study, cell, steady)
+        finally:
+            stop_quietly(daemon.stop)
 
 
-def run_cell(study: Study, cell: Cell) -> None:
+def run_cell(study: Study, cell: Cell, steady: SteadyMemory) -> None:
     """One cell; what fails is noted, and the next cell goes on."""
     options = study.options
     for each in options.alternatives if options.again else ():
@@ -100,7 +104,7 @@ def run_cell(study: Study, cell: Cell) -> None:
         return
     site = Site(
         options.work, options.models_dir, "KIND_GPU" if options.device == "cuda" else "KIND_CPU",
-        options.shared_memory, study.nvml,
+        options.shared_memory, study.nvml, steady,
     )  # fmt: skip
     try:
         run = CellRun(study, cell, site, todo)

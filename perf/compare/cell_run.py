@@ -17,7 +17,7 @@ from compare.fleet import Fleet
 from compare.peak import Trial, find_peak
 from compare.planning import Solo
 from compare.static_search import StaticSearch
-from compare.study import ATTAINMENT, SEED, Study, best_trial, point, search_figures
+from compare.study import ATTAINMENT, SEED, Study, best_trial, point, search_figures, worst_miss
 from dstack_sched.app.arbiter_plans import arbiter_form
 from dstack_sched.app.bench import BenchOptions, again_if_silent
 from dstack_sched.domain.workload import OnLate, Workload
@@ -215,6 +215,7 @@ class CellRun:
         peaks = [each["peak_per_s"] for each in result["repeats"]]
         result["peak_per_s"] = round(statistics.mean(peaks), 1)
         result["at_peak"] = best_trial(found) or result["at_peak"]
+        result["at_miss"] = worst_miss(found) or result.get("at_miss", {})
         if known is None:
             points = [point(trial) for trial in found.trials if trial.figures]
             result["goodput_curve"] = sorted(points, key=lambda each: each["offered_per_s"])
@@ -236,8 +237,8 @@ class CellRun:
             "parameters": alternative.config, "told": alternative.told_by_name,
             "guess_per_s": self._guesses.get(alternative.name),
             "ideal_corun_per_s": None, "ideal_isolated_per_s": None, "predicted_peak_per_s": None,
-            "peak_per_s": 0.0, "repeats": [], "at_peak": {}, "goodput_curve": [], "curve_done": False,
-            "measure_s": 0.0, "server_start_s": round(deployment.start_s, 1),
+            "peak_per_s": 0.0, "repeats": [], "at_peak": {}, "at_miss": {}, "goodput_curve": [],
+            "curve_done": False, "measure_s": 0.0, "server_start_s": round(deployment.start_s, 1),
         }  # fmt: skip
 
     def _search_static(self, alternative: Alternative, repeat: int) -> None:

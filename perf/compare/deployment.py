@@ -16,6 +16,7 @@ from compare.gpu_watch import GpuWatch, Nvml
 from compare.one_process.repository import SEPARATOR
 from compare.peak import Trial
 from compare.stalls import StallProbe
+from compare.steady import SteadyMemory
 from compare.traces import Recorder, spans, trial_of
 from dstack_sched.adapters.arbiter_client import SocketArbiterClient
 from dstack_sched.adapters.clock import SystemClock
@@ -34,6 +35,8 @@ SETTLED_LIMIT_S = 60.0  # of the CUDA programs that an instance makes after it i
 READY_S = 0.5  # a backend notices within a fifth of a second that the arbiter is gone
 JOINED_LIMIT_S = 10.0
 SLICE_S = 0.15  # of a trial that the timelines show
+
+Stages = Mapping[str, Mapping[str, tuple[float, int]]]  # model -> stage -> (seconds, batches)
 
 
 class RenamedServer:
@@ -61,6 +64,7 @@ class Site:
     kind: str
     shared_memory: str
     nvml: Nvml
+    steady: SteadyMemory | None = None
 
 
 class Deployment:
@@ -86,6 +90,7 @@ class Deployment:
         self.server: TritonClient | None = None
         try:
             self.host.start()
+            self._metrics = TritonMetrics(self.host.triton.metrics_url)
             self._load_all(sorted(set(self._names.values())))
             self._settle()
             self.server = TritonClient(self.host.triton.grpc_url)
@@ -103,8 +108,9 @@ class Deployment:
         }
         self._renamed = RenamedServer(server, self._names)
         options = LoadOptions(
-            self.host.triton.grpc_url, shared_memory=self.site.shared_memory, names=self._names
-        )
+            self.host.triton.grpc_url, shared_memory=self.site.shared_memory, names=self._names,
+            environment=self.site.steady.environment(len(self._names)) if self.site.steady else {},
+        )  # fmt: skip
         return PerfAnalyzerLoad(find_perf_analyzer(), options, configs)
 
     def _load_all(self, models: list[str]) -> None:
@@ -124,7 +130,7 @@ class Deployment:
     def _settle(self) -> None:
         """Wait until no instance makes programs any more: that takes cores and GPU from who is measured."""
         until = time.monotonic() + SETTLED_LIMIT_S
-        metrics = TritonMetrics(self.host.triton.metrics_url)
+        metrics = self._metrics
         expected = len(set(self._names.values())) if not self.alternative.one_process else 0
         while time.monotonic() < until:
             left = metrics.preparing()
@@ -201,6 +207,7 @@ class Deployment:
             self.site.nvml, options.warmup_s, options.seconds,
             granted=self._granted if self.arbiter_runs else None, at_end=read_batches,
         )  # fmt: skip
+        stages = self._metrics.stages()
         with StallProbe() as probe:
             result = run_bench(
                 workload, recorder, self._renamed, SystemClock(), options, watch.start,
@@ -208,6 +215,7 @@ class Deployment:
             )  # fmt: skip
         watch.join()
         trial = trial_of(result, recorder.traces, watch.window_s, watch.figures, probe.stalls_s)
+        trial.figures["stages_ms"] = stage_means_ms(stages, self._metrics.stages())
         end_s = watch.window_s[1]
         trial.figures["timeline"] = {
             "seconds": SLICE_S,
@@ -266,6 +274,18 @@ def stop_quietly(stop: Callable[[], None]) -> None:
         stop()
     except (DstackError, OSError) as error:
         print(f"while stopping: {error}", flush=True)
+
+
+def stage_means_ms(before: Stages, after: Stages) -> dict[str, dict[str, float]]:
+    """Model -> stage -> what a batch took of it between two readings."""
+    means: dict[str, dict[str, float]] = {}
+    for model, stages in after.items():
+        for stage, (seconds, count) in stages.items():
+            seconds_before, count_before = before.get(model, {}).get(stage, (0.0, 0))
+            if count > count_before:
+                mean_ms = 1e3 * (seconds - seconds_before) / (count - count_before)
+                means.setdefault(model, {})[stage] = round(mean_ms, 3)
+    return means
 
 
 def inputs_of(config: Mapping[str, Any], model: str, alternative: Alternative) -> Mapping[str, Any]:

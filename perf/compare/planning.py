@@ -37,7 +37,7 @@ GUESS_SECONDS = 1.5
 SERVING_MS = 1.3  # what Triton and client add to a lone run (perf/reports/h100/dataplane.md): until measured
 # Fitted to the first peaks measured through Triton and perf_analyzer (decision 0122):
 PREPARE_MS = 1.0  # of that, what keeps the instance busy before its device starts
-JITTER_MS = 7.25  # what Triton, Python and client add in one of a hundred requests, beyond the usual
+JITTER_MS = 2.0  # what Triton, Python and client add in one of a hundred requests, beyond the usual
 DELAYS = Delays(250, 250)  # of the arbiter's messages on a busy host of sixteen virtual cores
 PLAN_STEP = 1.25  # plans are made for rates this far apart; a trial gets that of the rate next above its own
 PLAN_RANGE = (0.6, 1.9)  # of the guess

@@ -1,9 +1,9 @@
 """Moments in which the machine itself stalls, seen by a process that has nothing to do with serving.
 
-Seen on the virtual machine of an H100: for some 50 ms every second or two, a process that does nothing but
-touch 600 KB takes 7 ms for it instead of 0.4, why is not known (decision 0121). Requests of such
-moments say nothing about how models share a GPU, so they are left out of a trial, those in time and those
-late alike, and how much of it that is is told. On a machine without such stalls nothing is left out.
+A virtual machine's cores are not always there: a process that only sleeps is then woken milliseconds late.
+Requests of such moments say nothing about how models share a GPU, so they are left out of a trial, those in
+time and those late alike, and how much of it that is is told. On a machine without such stalls nothing is
+left out. The probe touches no memory: on such a machine that alone makes stalls (decision 0123).
 """
 
 from __future__ import annotations

@@ -130,6 +130,15 @@ def best_trial(found: PeakSearch) -> dict[str, Any] | None:
     return asdict(held[-1]) if held else None
 
 
+def worst_miss(found: PeakSearch) -> dict[str, Any] | None:
+    """All figures of the trial at the smallest rate that did not hold, but its timeline."""
+    missed = [t for t in found.trials if t.rate_per_s == found.failed_at_per_s and t.figures]
+    if not missed:
+        return None
+    figures = {key: value for key, value in missed[-1].figures.items() if key != "timeline"}
+    return {**asdict(missed[-1]), "figures": figures}
+
+
 def point(trial: Trial) -> dict[str, Any]:
     """One point of the goodput curve."""
     return {

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dstack_sched.adapters.triton_metrics import PREPARING, WAITING, sums_by_model
+from dstack_sched.adapters.triton_metrics import PREPARING, WAITING, stages_by_model, sums_by_model
 from dstack_sched.app.drift import digest
 from dstack_sched.app.rates import ArrivalMeter, CounterDelta, Counts, arrivals, failures
 from dstack_sched.app.watcher import Watcher
@@ -94,6 +94,12 @@ dstack_waiting_rows{model="a",version="1",instance="a_0",pid="12"} 4
 # TYPE dstack_preparing_programs gauge
 dstack_preparing_programs{model="a",version="1",instance="a_0",pid="12"} 2
 dstack_preparing_programs{model="a",version="1",instance="a_1",pid="13"} 3
+# TYPE dstack_stage_seconds_total counter
+dstack_stage_seconds_total{model="a",version="1",instance="a_0",pid="12",stage="run"} 0.5
+dstack_stage_seconds_total{model="a",version="1",instance="a_1",pid="13",stage="run"} 0.25
+# TYPE dstack_stage_samples_total counter
+dstack_stage_samples_total{model="a",version="1",instance="a_0",pid="12",stage="run"} 100
+dstack_stage_samples_total{model="a",version="1",instance="a_1",pid="13",stage="run"} 50
 # TYPE nv_cpu_utilization gauge
 nv_cpu_utilization 0.5
 """
@@ -106,6 +112,10 @@ def test_what_waits_is_read_from_tritons_metrics() -> None:
 
 def test_what_is_prepared_is_read_from_tritons_metrics() -> None:
     assert sums_by_model(METRICS, PREPARING) == {"a": 5}
+
+
+def test_stage_times_are_read_from_tritons_metrics() -> None:
+    assert stages_by_model(METRICS) == {"a": {"run": (0.75, 150)}}
 
 
 class World:

@@ -68,7 +68,7 @@ def find_perf_analyzer(environ: Mapping[str, str] = os.environ) -> Path:
 @dataclass(frozen=True)
 class LoadOptions:
     """How requests travel. shapes: model -> input -> dimensions without the batch. data: model -> file.
-    names: model -> its name at the server, where that is another.
+    names: model -> its name at the server, where that is another. environment: added to perf_analyzer's.
 
     connection: headers go over HTTP only (perf_analyzer sends none over gRPC), TLS over gRPC only.
     """
@@ -80,6 +80,7 @@ class LoadOptions:
     shapes: Mapping[str, Mapping[str, Sequence[int]]] = field(default_factory=dict)
     data: Mapping[str, Path] = field(default_factory=dict)
     names: Mapping[str, str] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 class PerfAnalyzerLoad:
@@ -116,7 +117,8 @@ class PerfAnalyzerLoad:
         files = self._directory / f"{model}-{len(self._runs)}"
         files.mkdir()
         (files / "intervals").write_text("".join(f"{value}\n" for value in intervals_us.tolist()))
-        run = PerfAnalyzerRun(self._command(model, files, len(intervals_us)), files, kept_bytes)
+        command = self._command(model, files, len(intervals_us))
+        run = PerfAnalyzerRun(command, files, kept_bytes, self._options.environment)
         self._runs.append(run)
         return run
 
@@ -203,12 +205,18 @@ def _connection_arguments(options: LoadOptions) -> list[str]:
 class PerfAnalyzerRun:
     """One running perf_analyzer."""
 
-    def __init__(self, command: Sequence[str], files: Path, kept_bytes: int = 0) -> None:
+    def __init__(
+        self, command: Sequence[str], files: Path, kept_bytes: int, environment: Mapping[str, str]
+    ) -> None:
         self._files = files
         self.kept_bytes = kept_bytes
         with (files / "output").open("wb") as output:
             self._process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **environment},
             )
 
     def ends_within(self, timeout_s: float) -> bool:
