@@ -25,7 +25,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +40,8 @@ from compare.gpu_watch import Nvml
 from compare.planning import SIM_SECONDS, Planner
 from compare.report import peaks_table
 from compare.report import write as write_readme
-from compare.steady import SteadyMemory
 from compare.study import Study
+from compare.wakeful import wakeful_environment
 from dstack_backend.settings import PARAMETERS
 from dstack_sched.adapters.mps import MpsDaemon
 from dstack_sched.adapters.perf_analyzer import find_perf_analyzer
@@ -83,18 +83,18 @@ def measure(study: Study) -> None:
     daemon = MpsDaemon(options.work / "mps.log")
     if options.device == "cuda" and not daemon.available():
         raise MachineError("no GPU, or no nvidia-cuda-mps-control on PATH; --device cpu is a dry run")
-    with SteadyMemory(options.work) as steady:
-        if not steady.works:
-            study.say("no C compiler: perf_analyzer takes fresh memory while it sends (compare/steady.c)")
-        try:
-            daemon.start()  # one for all servers of all cells, which find it
-            for cell in options.cells:
-                run_cell(study, cell, steady)
-        finally:
-            stop_quietly(daemon.stop)
+    environment = wakeful_environment(options.work)
+    if not environment:
+        study.say("no C compiler: a perf_analyzer may miss its start, and its trial is repeated then")
+    try:
+        daemon.start()  # one for all servers of all cells, which find it
+        for cell in options.cells:
+            run_cell(study, cell, environment)
+    finally:
+        stop_quietly(daemon.stop)
 
 
-def run_cell(study: Study, cell: Cell, steady: SteadyMemory) -> None:
+def run_cell(study: Study, cell: Cell, environment: Mapping[str, str]) -> None:
     """One cell; what fails is noted, and the next cell goes on."""
     options = study.options
     for each in options.alternatives if options.again else ():
@@ -104,7 +104,7 @@ def run_cell(study: Study, cell: Cell, steady: SteadyMemory) -> None:
         return
     site = Site(
         options.work, options.models_dir, "KIND_GPU" if options.device == "cuda" else "KIND_CPU",
-        options.shared_memory, study.nvml, steady,
+        options.shared_memory, study.nvml, environment,
     )  # fmt: skip
     try:
         run = CellRun(study, cell, site, todo)

@@ -6,7 +6,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from compare.gpu_watch import GpuWatch, Nvml
 from compare.one_process.repository import SEPARATOR
 from compare.peak import Trial
 from compare.stalls import StallProbe
-from compare.steady import SteadyMemory
 from compare.traces import Recorder, spans, trial_of
 from dstack_sched.adapters.arbiter_client import SocketArbiterClient
 from dstack_sched.adapters.clock import SystemClock
@@ -57,14 +56,15 @@ class RenamedServer:
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """Where and how alternatives are deployed. directory: of a server's files. kind: KIND_GPU or KIND_CPU."""
+    """Where and how alternatives are deployed. directory: of a server's files. kind: KIND_GPU or KIND_CPU.
+    load_environment: of perf_analyzers."""
 
     directory: Path
     models_dir: Path
     kind: str
     shared_memory: str
     nvml: Nvml
-    steady: SteadyMemory | None = None
+    load_environment: Mapping[str, str] = field(default_factory=dict)
 
 
 class Deployment:
@@ -109,7 +109,7 @@ class Deployment:
         self._renamed = RenamedServer(server, self._names)
         options = LoadOptions(
             self.host.triton.grpc_url, shared_memory=self.site.shared_memory, names=self._names,
-            environment=self.site.steady.environment(len(self._names)) if self.site.steady else {},
+            environment=self.site.load_environment,
         )  # fmt: skip
         return PerfAnalyzerLoad(find_perf_analyzer(), options, configs)
 

@@ -1,26 +1,30 @@
-"""A process of its own: sleeps again and again until its input ends, then prints when it was woken late.
+"""A process of its own: touches fresh memory again and again until its input ends, then says when that was slow.
 
 python stall_watch.py        prints "ready", and at the end of its input a JSON list of [since_s, until_s]
 """
 
 import json
+import mmap
 import select
 import sys
 import time
 
-PERIOD_S = 0.001
-STALL_S = 0.004  # beyond the period: 0.1 ms usually
+TOUCH_BYTES = 600_000
+PERIOD_S = 0.002
+STALL_S = 0.003  # of touching that many bytes: 0.4 ms usually
 
 
 def main() -> None:
+    content = b"x" * TOUCH_BYTES
     seen: list[tuple[float, float]] = []
     print("ready", flush=True)
-    while True:
+    while not select.select([sys.stdin], [], [], PERIOD_S)[0]:
         began_s, began = time.time(), time.monotonic()
-        if select.select([sys.stdin], [], [], PERIOD_S)[0]:
-            break
+        memory = mmap.mmap(-1, TOUCH_BYTES)
+        memory.write(content)
+        memory.close()
         took_s = time.monotonic() - began
-        if took_s > PERIOD_S + STALL_S:
+        if took_s > STALL_S:
             seen.append((began_s, began_s + took_s))
     print(json.dumps(seen), flush=True)
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from compare.peak import Trial
-from compare.stalls import length_s, outside
+from compare.stalls import MOST_LEFT_OUT, length_s, outside
 from dstack_sched.app.bench import LoadGenerator, LoadRun
 from dstack_sched.domain.load import BenchResult, LoadTrace
 from dstack_sched.errors import ServerError
@@ -84,6 +84,8 @@ def trial_of(
     measured."""
     models = {}
     stalls_s = np.clip(stalls_s, *window_s)
+    if length_s(stalls_s) > MOST_LEFT_OUT * (window_s[1] - window_s[0]):
+        stalls_s = np.empty((0, 2))  # that is the load itself
     kept_s = window_s[1] - window_s[0] - length_s(stalls_s)
     for name, each in result.models.items():
         if each.slo_attainment is None:

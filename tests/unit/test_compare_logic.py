@@ -18,7 +18,7 @@ from compare.cells import Cell, arrivals_of
 from compare.peak import Trial, find_peak
 from compare.planning import PLAN_STEP, rung
 from compare.report import write
-from compare.stalls import length_s, outside
+from compare.stalls import length_s, outside, stretches_of
 from compare.static_search import StaticSearch, candidates
 from compare.traces import CDF_PERCENTS, Recorder, served_share, spans, trial_of
 from dstack_sched.domain.load import BenchResult, LoadTrace, ModelResult
@@ -254,6 +254,12 @@ def test_the_report_is_written_from_whatever_is_there(tmp_path: Path) -> None:
     assert write(document(), tmp_path).exists()
 
 
+def test_stalls_near_each_other_are_one_and_what_waited_is_left_out_too() -> None:
+    found = stretches_of([(1.0, 1.006), (1.07, 1.08), (2.0, 2.004)])
+    assert found == pytest.approx(np.array([[0.995, 1.175], [1.995, 2.023]]))
+    assert stretches_of([]).shape == (0, 2)
+
+
 def test_requests_of_stalls_are_left_out_good_and_bad_alike() -> None:
     """Ten requests of 10 ms, one each 0.1 s; the machine stalls where the 3rd and the 4th (late) are."""
     sent = 100.0 + 0.1 * np.arange(10)
@@ -273,4 +279,5 @@ def test_requests_of_stalls_are_left_out_good_and_bad_alike() -> None:
     assert trial.attainment == 1.0 and trial.figures["models"]["a"]["attainment_of_all"] == 0.9
     assert trial.goodput_per_s == pytest.approx(8 / 0.885, rel=1e-3)
     assert trial.figures["left_out_share"] == pytest.approx(0.115)
-    assert trial_of(result, traces, (100.0, 101.0), {}, np.empty((0, 2))).attainment == 0.9
+    for nothing in (np.empty((0, 2)), np.array([[100.2, 100.8]])):  # most of the time: that is the load
+        assert trial_of(result, traces, (100.0, 101.0), {}, nothing).attainment == 0.9

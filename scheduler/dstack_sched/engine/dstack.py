@@ -26,6 +26,7 @@ from dstack_sched.engine.choice import MIN_SESSION_US, ChoosingEngine, Pick, Pla
 from dstack_sched.engine.run_times import RunTimes
 from dstack_sched.engine.state import NEVER, Instance, Run
 
+AT_EASE = 0.2  # of its objective, for one row
 LATELY_US = 100_000  # who was active since then may come again at any moment
 Entry = tuple[int, int, Instance, bool]  # urgency, serial (ties by age), instance, whether it runs
 ROWS_WORTH_WAITING = 0.5  # rows expected until it must go
@@ -234,10 +235,10 @@ class DStackEngine(ChoosingEngine):
             self._offer(emptied, now)
 
     def _is_crowded(self) -> bool:
-        """Whether one with a choice of shares holds a standing grant while others run: what was the best
-        share of an idle GPU is so no more, and takes from theirs."""
+        """Whether one holds a standing grant of more than its planned share while others run: what was the
+        best share of an idle GPU is so no more, and takes from theirs."""
         return bool(self.running) and any(
-            i.standing is not None and len(i.levels) > 1 for i in self.instances.values()
+            i.standing is not None and i.standing.level > i.plan_level for i in self.instances.values()
         )
 
     def _offer(self, instance: Instance, now: int) -> None:
@@ -245,21 +246,28 @@ class DStackEngine(ChoosingEngine):
         idle = instance.run is None and instance.standing is None and not instance.lost_grant
         if not self.rules.stand or not idle or self.overloaded or instance.name not in self.instances:
             return
-        level = instance.level
-        free = self.capacity - self.granted - min(instance.levels[level], self.capacity)
+        free = self.capacity - self.granted
         for other in self.instances.values():
-            if other.run is not None or other.standing is not None or other is instance:
+            if other is instance or (other.share == 0.0 and now - other.active_us > LATELY_US):
                 continue
-            if now - other.active_us > LATELY_US:
-                continue
-            if len(instance.levels) > 1:  # the other's coming changes the share that is best for this one
+            if not (self._is_at_ease(instance) and self._is_at_ease(other)):
                 return
-            free -= min(other.levels[other.plan_level], self.capacity)
-        if free < -ROUNDING or (len(instance.levels) > 1 and self.running):
-            return
+            if other.share == 0.0:  # it may come at any moment, and is to find its place
+                free -= min(other.levels[other.plan_level], self.capacity)
         instance.expected, instance.deadline_us = 1, now + instance.slo_us
-        pick = self._batch(instance, level, now, instance.model.slowdown(self.promised), now)
-        self._stand(instance, level, max(1, pick.batch), now)
+        slow = max(instance.model.slowdown(self.promised), instance.slow_seen)
+        pick = self._choose(instance, free, now, slow, now)
+        if pick is not None:
+            self._stand(instance, pick.level, max(1, pick.batch), now)
+
+    def _is_at_ease(self, instance: Instance) -> bool:
+        """Whether its planned share is enough beside all others: it will not ask for more of the GPU, which
+        standing grants would keep from it."""
+        if len(instance.levels) == 1 or not instance.slo_us:
+            return True
+        times, level = instance.times, instance.plan_level
+        slow = instance.model.slowdown(max(self.capacity - instance.levels[level], 0.0))
+        return times.us[level][1] * times.scale * slow <= AT_EASE * instance.slo_us
 
     def _carry_out(self, instance: Instance, pick: Pick, now: int) -> None:
         """Shed, grant, keep the books."""
