@@ -142,7 +142,9 @@ def profile_once(deployment: Deployment, script: Script, profiles: Path) -> None
         shutil.copytree(profiles / "profiles", deployment.state / "profiles")
         return
     wanted = script.workload(script.mean_rates())
-    LiveSteps(deployment, lambda: wanted, PROFILING, PlanOptions()).profile(m.name for m in script.models)
+    LiveSteps(deployment, lambda: wanted, PROFILING, PlanOptions(maximize_headroom=True)).profile(
+        m.name for m in script.models
+    )
     shutil.copytree(deployment.state / "profiles", profiles / "profiles")
 
 

@@ -9,12 +9,12 @@ All use the same backend with CUDA graphs and the pipeline, so that only the way
     (e) best-static    as (d), with the best shares, batch sizes and instances that a search by trial finds
     (f) rate-limiter   as (d), Triton's own rate limiter with the shares as resources
     (g) one-process    all models in one stub process, a thread and a stream each
-    (h) dstack         D-STACK
+    (h) dstack         D-STACK as `dstackctl run` sets it up: MPS shares of its own plan, and the arbiter
 
-A variant of one of them is spelled NAME+KEY=VALUE+..., e.g. dstack+levels=off+capacity=250, and is measured
-as an alternative of its own. Keys: `shares` (whole, planned), `policy` (the arbiter's), `mps` (on, off),
-`capacity` (percent promised at once, in place of the plan's), `load_factor` (part of the capacity that is
-planned with), and every parameter of the backend's config.pbtxt.
+A variant of one of them is spelled NAME+KEY=VALUE+..., e.g. dstack+levels=auto+shares=whole, and is measured
+as an alternative of its own. Keys: `shares` (whole; planned: knee shares; own: of D-STACK's plan), `policy`
+(the arbiter's), `mps` (on, off), `capacity` (percent promised at once, in place of the plan's), `load_factor`
+(part of the capacity that is planned with), and every parameter of the backend's config.pbtxt.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from compare.cells import file_of, served_name
 from dstack_backend.settings import PARAMETERS
@@ -31,14 +31,16 @@ from dstack_sched.errors import InputError
 
 MAX_BATCH_SIZE = 32
 RESOURCE = "GPU_PCT"
-LEVELS = "auto"
 TOLD = ("capacity", "load_factor")
+Shares: TypeAlias = Literal["whole", "planned", "own", "searched"]
+SHARES: dict[str, Shares] = {"whole": "whole", "planned": "planned", "own": "own"}  # of variants
 
 
 @dataclass(frozen=True, slots=True)
 class Alternative:
     """letter: as in the issue and the tables; that of a variant is its origin's with a star. mps: with the
-    MPS daemon. shares: each process gets the plan's GPU% or the whole GPU. policy: the arbiter's; None: no
+    MPS daemon. shares: what each process gets, the whole GPU, shares that suit all side by side (planned),
+    those of D-STACK's own plan or those that a search finds. policy: the arbiter's; None: no
     arbiter, backends run when they like. parameters: of every model's config. told: what the arbiter's plan
     differs in (TOLD). variant_of: name of the alternative that it is a variant of."""
 
@@ -46,7 +48,7 @@ class Alternative:
     name: str
     summary: str
     mps: bool = True
-    shares: Literal["whole", "planned", "searched"] = "whole"
+    shares: Shares = "whole"
     policy: str | None = None
     rate_limiter: bool = False
     one_process: bool = False
@@ -56,10 +58,8 @@ class Alternative:
 
     @property
     def config(self) -> dict[str, str]:
-        """Parameters of every model's config. Levels are a choice that D-STACK alone makes: whoever else runs
-        on its server has the whole GPU, as without."""
-        shared = self.mps and self.shares == "whole" and not self.parameters
-        return {"levels": LEVELS if shared else "off", **dict(self.parameters)}
+        """Parameters of every model's config."""
+        return {"levels": "off", **dict(self.parameters)}
 
     @property
     def server(self) -> tuple[object, ...]:
@@ -97,8 +97,8 @@ def _changed(made: Alternative, text: str, key: str, value: str) -> Alternative:
         if not 0 < number < 1e4:
             raise InputError(f"alternative {text!r}: {key} is {value!r}; a number above 0 is wanted")
         return replace(made, told=(*made.told, (key, number)))
-    if key == "shares" and value in ("whole", "planned"):
-        return replace(made, shares="whole" if value == "whole" else "planned")
+    if key == "shares" and value in SHARES:
+        return replace(made, shares=SHARES[value])
     if key == "mps" and value in ("on", "off"):
         return replace(made, mps=value == "on")
     if key == "policy" and value in POLICIES:
@@ -107,8 +107,8 @@ def _changed(made: Alternative, text: str, key: str, value: str) -> Alternative:
         others = tuple(each for each in made.parameters if each[0] != key)
         return replace(made, parameters=(*others, (key, value)))
     raise InputError(
-        f"alternative {text!r}: {key}={value} is no change that is known; shares=whole|planned, mps=on|off, "
-        f"policy=NAME, {', '.join(TOLD)}, or a parameter of the backend"
+        f"alternative {text!r}: {key}={value} is no change that is known; {'shares=' + '|'.join(SHARES)}, "
+        f"mps=on|off, policy=NAME, {', '.join(TOLD)}, or a parameter of the backend"
     )
 
 
@@ -117,7 +117,7 @@ ALTERNATIVES = {
     each.name: each
     for each in (
         Alternative("c", "mps-default", "MPS, no limits"),
-        Alternative("h", "dstack", "D-STACK", policy="dstack", parameters=(("levels", LEVELS),)),
+        Alternative("h", "dstack", "D-STACK", shares="own", policy="dstack"),
         Alternative("a", "time-sliced", "no MPS, time slices", mps=False),
         Alternative("d", "mps-static", "MPS, fixed knee shares", shares="planned"),
         Alternative("b", "temporal", "one model at a time", policy="temporal"),

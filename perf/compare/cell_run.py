@@ -103,7 +103,9 @@ class CellRun:
         extra = {**alternative.config, **dict(self._study.options.parameters)}
         if alternative.shares == "whole":
             return {model: Served(extra=extra) for model in self._cell.models}
-        planned = self._study.planner.static(self._cell, self._expected)
+        planner = self._study.planner
+        shares_of = planner.own if alternative.shares == "own" else planner.static
+        planned = shares_of(self._cell, self._expected)
         return {model: replace(how, extra=extra) for model, how in planned.items()}
 
     def _measure_solo(self) -> None:

@@ -104,6 +104,11 @@ class Planner:
         shares: dict[str, Served] = self.ask("static", cell, solo).result()
         return shares
 
+    def own(self, cell: Cell, solo: Solo) -> dict[str, Served]:
+        """The shares of D-STACK's plan; fixed ones as `static` where it has none."""
+        shares: dict[str, Served] = self.ask("own", cell, solo).result()
+        return shares or self.static(cell, solo)
+
     def plan(self, cell: Cell, solo: Solo, alternative: Alternative, rate_per_s: float) -> Plan:
         """The plan that a controller would have in force at about this rate."""
         plan: Plan
@@ -152,6 +157,9 @@ def work_out(wanted: Sum) -> Any:
             model: Served(shares.gpu_percent[model], max(1, shares.batch_size[model]))
             for model in wanted.cell.models
         }
+    if wanted.what == "own":
+        rows = _plan_at_half(profiles, wanted, {}).models
+        return {model: Served(row.gpu_percent, max(1, row.batch_size)) for model, row in rows.items()}
     alternative = wanted.alternative
     if wanted.what == "plan":
         assert alternative is not None
@@ -226,15 +234,23 @@ def _case(
 
 
 def _plan(profiles: ProfileSet, wanted: Sum, told: Mapping[str, float]) -> Plan:
-    """As `dstackctl run` makes it: with the reserve of its load factor, scaled down where it does not fit."""
+    """As `dstackctl run` makes it: most headroom, with the reserve of its load factor; scaled down where it
+    does not fit."""
     cell = wanted.cell
     settings = ReplanSettings()
     settings = replace(settings, load_factor=told.get("load_factor", settings.load_factor))
     workload = with_reserve(_workload(profiles, cell, wanted.solo, wanted.rate_per_s), settings)
-    plan = make_plan(profiles_of(profiles, cell), workload, PlanOptions(lenient=True))
+    plan = make_plan(profiles_of(profiles, cell), workload, PlanOptions(lenient=True, maximize_headroom=True))
     if "capacity" in told:
         plan = replace(plan, capacity_percent=told["capacity"])
     return plan
+
+
+def _plan_at_half(profiles: ProfileSet, wanted: Sum, told: Mapping[str, float]) -> Plan:
+    """The plan at about half of what the bound says."""
+    ideal = work_out(replace(wanted, what="bounds", alternative=None))
+    at_half = replace(wanted, rate_per_s=PLAN_STEP ** rung(ideal[0] / 2 if ideal else 1000.0))
+    return _plan(profiles, at_half, told)
 
 
 def _peak(profiles: ProfileSet, wanted: Sum, alternative: Alternative) -> float | None:
@@ -249,9 +265,7 @@ def _peak(profiles: ProfileSet, wanted: Sum, alternative: Alternative) -> float 
     levels: tuple[float, ...] = ()
     if alternative.policy == "dstack":
         levels = _levels(alternative.config["levels"])
-        ideal = work_out(replace(wanted, what="bounds", alternative=None))
-        at_half = replace(wanted, rate_per_s=PLAN_STEP ** rung(ideal[0] / 2 if ideal else 1000.0))
-        plan = _plan(profiles, at_half, alternative.told_by_name)
+        plan = _plan_at_half(profiles, wanted, alternative.told_by_name)
     case = _case(profiles, cell, solo, levels=levels, plan=plan if plan and plan.models else None)
     if alternative.rate_limiter:
         case = replace(case, capacity_percent=100.0)

@@ -1,4 +1,4 @@
-"""A process of its own: touches fresh memory again and again until its input ends, then says when it took long.
+"""A process of its own: touches fresh memory until its input ends, and then says when that took long.
 
 python stall_watch.py        prints "ready", and at the end of its input a JSON list of [since_s, until_s]
 """

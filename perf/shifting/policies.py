@@ -40,7 +40,7 @@ STOP_LIMIT_S = 20.0
 
 def planning_loop(deployment: Deployment, wanted: Workload) -> ControlLoop:
     """The control loop of `dstackctl run`, for its first plan."""
-    return live_loop(deployment, lambda: wanted, NoMetrics(), PROFILING, PlanOptions())
+    return live_loop(deployment, lambda: wanted, NoMetrics(), PROFILING, PlanOptions(maximize_headroom=True))
 
 
 @contextlib.contextmanager
@@ -140,7 +140,13 @@ def oracle(host: Host, deployment: Deployment, script: Script) -> Iterator[threa
         here = Deployment(deployment.repository, server, deployment.state, deployment.socket)
         at_once = ReplanSettings(cooldown_s=0.0)
         loop = live_loop(
-            here, lambda: wanted, NoMetrics(), PROFILING, PlanOptions(), settings=at_once, make_watcher=make
+            here,
+            lambda: wanted,
+            NoMetrics(),
+            PROFILING,
+            PlanOptions(maximize_headroom=True),
+            settings=at_once,
+            make_watcher=make,
         )
         first = loop.once()
         thread = threading.Thread(target=follow, args=(loop, first, knows[0], ready, stop), daemon=True)

@@ -132,6 +132,7 @@ class FakeDevice:
         self.groups = self.graphs = self.preparing = self.device_bytes = 0
         self.synchronous, self.on_run = synchronous, on_run
         self.takes_parts = False
+        self.prepared_rows = 0  # the largest batch it is prepared for; 0: any
         self.parts: list[int] = []  # how many parts each batch came in
         self.batches: list[np.ndarray] = []
         self.names: list[list[str]] = []
@@ -145,6 +146,9 @@ class FakeDevice:
         self.entered = threading.Semaphore(0)
         self.hold = threading.Event()
         self.hold.set()
+
+    def rows_at_once(self, rows: int) -> int:
+        return max(1, min(rows, self.prepared_rows or rows))
 
     def stage(self, feeds: Mapping[str, Any]) -> FakeBatch:
         self.staged += 1

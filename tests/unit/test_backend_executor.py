@@ -197,6 +197,22 @@ def test_a_large_request_runs_in_chunks_and_is_answered_once(rig: Rig) -> None:
     assert big.times_settled == 1
 
 
+def test_batches_are_no_larger_than_the_device_is_prepared_for(rig: Rig) -> None:
+    rig.device.prepared_rows = 2
+    executor = rig.start()
+    requests = [FakeRequest(1), FakeRequest(2), FakeRequest([3, 4, 5])]
+    executor.submit(requests)
+    for _ in range(3):
+        rig.gate.grant(4)
+    assert doubled(*requests)
+    assert [len(x) for x in rig.device.batches] == [2, 2, 1]
+    rig.gate.at_hand = [permit()]
+    large = FakeRequest([6, 7, 8])  # alone, and too large for Triton's thread to run at once
+    executor.submit([large])
+    rig.gate.grant(4)
+    assert doubled(large)
+
+
 def test_a_failed_chunk_drops_the_rest(rig: Rig) -> None:
     executor = rig.start()
     big = FakeRequest(np.array([13.0, 1, 1, 1, 2, 3]))

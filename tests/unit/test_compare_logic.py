@@ -29,9 +29,8 @@ from dstack_sched.errors import InputError
 def test_all_eight_alternatives_are_there_and_share_servers_where_only_the_policy_differs() -> None:
     assert sorted(each.letter for each in ALTERNATIVES.values()) == list("abcdefgh")
     servers = {name: each.server for name, each in ALTERNATIVES.items()}
-    assert servers["dstack"] == servers["temporal"] == servers["mps-default"]
-    alone = [servers[name] for name in ("time-sliced", "rate-limiter", "one-process", "mps-static")]
-    assert len({*alone, servers["dstack"]}) == 5
+    assert servers["temporal"] == servers["mps-default"]
+    assert len({*servers.values()} - {servers["best-static"]}) == 6
 
 
 def test_a_variant_is_an_alternative_of_its_own() -> None:
@@ -40,7 +39,8 @@ def test_a_variant_is_an_alternative_of_its_own() -> None:
     assert variant.told_by_name == {"capacity": 250.0} and variant.config["levels"] == "off"
     assert variant.server == ALTERNATIVES["mps-static"].server  # the arbiter alone makes the difference
     assert Alternative.parse("dstack+capacity=250").server == ALTERNATIVES["dstack"].server
-    assert Alternative.parse("dstack+levels=off").server != ALTERNATIVES["dstack"].server
+    assert Alternative.parse("dstack+levels=auto").server != ALTERNATIVES["dstack"].server
+    assert Alternative.parse("dstack+levels=off").server == ALTERNATIVES["dstack"].server
     assert Alternative.parse("temporal+cuda_graphs=false").config["cuda_graphs"] == "false"
 
 

@@ -481,16 +481,28 @@ def test_the_executor_over_the_device(rig: Rig, shared: np.ndarray) -> None:
 # Programs
 
 
-def test_a_larger_batch_runs_plainly_until_its_program_is_there(rig: Rig, session: CudaSession) -> None:
+def test_larger_batches_are_cut_to_what_is_prepared_until_more_is(rig: Rig, session: CudaSession) -> None:
+    """A batch size that is new to ONNX Runtime's own path can take it seconds (decision 0125)."""
+    assert [session.rows_at_once(rows) for rows in (0, 1, BATCH)] == [1, 1, BATCH]
+    assert session.rows_at_once(BATCH + 3) == BATCH
+    eventually(lambda: session.graphs == 5 and session.rows_at_once(BATCH + 3) == BATCH + 3)
     x = rig.rows(BATCH + 3)
-    rig.check(session.run({"x": x}), x)
-    eventually(lambda: session.graphs == 5)
     rig.cuda.log.clear()
     rig.check(session.run({"x": x}), x)
     assert "launch" in rig.cuda.log
 
 
-def test_a_much_larger_batch_stays_on_the_plain_path(rig: Rig, session: CudaSession) -> None:
+def test_it_prepares_for_a_few_times_the_largest_batch_at_a_time(rig: Rig, session: CudaSession) -> None:
+    assert session.rows_at_once(100 * BATCH) == BATCH
+    eventually(lambda: session._shelf.sizes[-1] == runtime_cuda.GROWTH * BATCH)
+
+
+def test_without_programs_batches_are_as_large_as_they_come(rig: Rig) -> None:
+    session = rig.load(sizes=())
+    assert session.rows_at_once(100) == 100
+
+
+def test_a_batch_larger_than_all_programs_runs_plainly(rig: Rig, session: CudaSession) -> None:
     x = rig.rows(100)
     rig.check(session.run({"x": x}), x)
     assert session._shelf._wishing is None and session.graphs == 4

@@ -153,7 +153,8 @@ class Executor(Workshop):
         if permit is None:
             return False
         rows = sum(item.rows for item in items)
-        if rows > permit.batch_size or (len(items) > 1 and not self._batched):
+        most = min(permit.batch_size, self._pipeline.rows_at_once(rows))
+        if rows > most or (len(items) > 1 and not self._batched):
             self.on_grant(permit)  # batches are made from the queue
             return False
         job, now_us = Job(permit), self._now_us()

@@ -89,6 +89,10 @@ class Pipeline:
         self._last_end_ns = 0
         self.turn = threading.Lock()
 
+    def rows_at_once(self, rows: int) -> int:
+        """As Session.rows_at_once."""
+        return self._session.rows_at_once(rows)
+
     def prepare(self, job: Job) -> None:
         """Gather the rows of a batch and bring them to the device."""
         batch = job.batch

@@ -120,6 +120,9 @@ class CpuSession(TwoPhases):
         self.inputs, self.outputs = specs_of(self._session, model_path)
         self._names = [spec.name for spec in self.outputs]
 
+    def rows_at_once(self, rows: int) -> int:
+        return max(1, rows)
+
     def stage(self, feeds: Mapping[str, Feed]) -> CpuBatch:
         arrays = {name: on_host(name, feed) for name, feed in feeds.items()}
         return CpuBatch(arrays, rows_of(arrays), self._gpu_percent)

@@ -249,12 +249,17 @@ class CudaSession(TwoPhases):
                 raise
             return batch
 
+    def rows_at_once(self, rows: int) -> int:
+        """As Session.rows_at_once. ONNX Runtime's own path can take seconds for a batch size new to it."""
+        sizes = [] if self._form.whole else self._shelf.sizes
+        if not sizes or rows <= sizes[-1]:
+            return max(1, rows)
+        self._shelf.wish(self._levels.mask(), bucket_of(min(rows, GROWTH * sizes[-1])))
+        return sizes[-1]
+
     def _takes(self, feeds: Mapping[str, Feed], rows: int) -> bool:
-        """Whether there is a program for it. One that is somewhat larger than all is wished for: the plan has
-        changed."""
+        """Whether there is a program for it."""
         sizes = self._shelf.sizes if rows and len(feeds) == len(self.inputs) else []
-        if sizes and sizes[-1] < rows <= GROWTH * sizes[-1]:
-            self._shelf.wish(self._levels.mask(), bucket_of(rows))
         return bool(sizes) and rows <= sizes[-1]
 
     def launch(

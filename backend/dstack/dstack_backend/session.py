@@ -102,6 +102,11 @@ class Session(Protocol):
         """Programs (a batch size on a share of the device) still to be made, while others serve."""
         ...
 
+    def rows_at_once(self, rows: int) -> int:
+        """How many of so many waiting rows had better run as one batch, 1 at least: those that it is prepared
+        for. It is prepared for more behind the scenes, where more are asked about."""
+        ...
+
     def stage(self, feeds: Mapping[str, Feed]) -> Staged:
         """Bring inputs to the device, from host or device memory, which must stay as it is until the batch
         has run. Rows of all inputs agree. Raises RunError, DeviceLostError."""

@@ -235,7 +235,8 @@ class Workshop:
         while True:
             with self._lock:
                 expired = self._queue.remove_before(self._now_us()) if self._reject_late else []
-                job.batch = batch = self._queue.take(max(1, job.permit.batch_size))
+                most = self._pipeline.rows_at_once(min(job.permit.batch_size, self._queue.rows))
+                job.batch = batch = self._queue.take(most)
                 self.stats.waiting_rows = self._queue.rows
                 self._room.notify_all()
             self._answers.reject(expired, "its deadline had passed before it could run")

@@ -91,7 +91,7 @@ def demo(
                     lambda: wanted,
                     NoMetrics(),
                     ProfilingOptions(target_error=target_error, time_budget_s=time_budget_s),
-                    PlanOptions(),
+                    PlanOptions(maximize_headroom=True),
                 )
                 done = loop.once("demo")
                 show(done, json_output=False)

@@ -149,7 +149,7 @@ def run(
             wanted.read,
             prometheus,
             ProfilingOptions(target_error=target_error, time_budget_s=time_budget_s),
-            PlanOptions(gpus=gpus or 1, memory_limits=memory_limits),
+            PlanOptions(gpus=gpus or 1, maximize_headroom=True, memory_limits=memory_limits),
             host=host,
             settings=ReplanSettings(cooldown_s=cooldown_s, horizon_s=horizon_s),
             forecasting=ForecastSettings(window_s=window_s),

@@ -6,7 +6,8 @@ Each pass looks at the instances with work, most urgent first (latest start = ea
    deadline (choice.py);
 2. the first one that does not fit reserves its place at the predicted end of those that run, and nobody
    behind it may take that place;
-3. what is left over goes down the list (work-conserving), best-effort models last;
+3. what is left over goes down the list (work-conserving), best-effort models last; a batch that is not full
+   may wait for more rows, unless the shares are fixed and all of them fit side by side;
 4. while an instance runs, its next batch is decided shortly before the end and chained behind it;
 5. under overload the order is by scoreboard: the least served for its weight first, so that who asks for
    more than its part is who misses; every such miss and every session without a run is reported;
@@ -47,6 +48,7 @@ class DStackEngine(ChoosingEngine):
         self._ready: list[Entry] = []  # who may be granted now, most urgent first
         self._parked: list[Entry] = []  # have work, but wait for more; in the same order
         self._chainable = 0  # how many of them run already
+        self._all_fit = False  # fixed shares, of all side by side
         self._emptied: Instance | None = None  # has just run out of work
 
     # ---- events ---------------------------------------------------------------------------------------
@@ -89,6 +91,8 @@ class DStackEngine(ChoosingEngine):
         self._shortest_slo_us = min(objectives, default=NEVER)
         self._smallest = min((min(i.levels[0], self.capacity) for i in instances), default=0.0)
         self._stretch()
+        fixed = [min(i.levels[0], self.capacity) for i in instances if len(i.levels) == 1]
+        self._all_fit = len(fixed) == len(instances) and sum(fixed) <= self.capacity + ROUNDING
 
     def _on_wake(self, kind: int, instance: Instance, token: int, now: int) -> None:
         super()._on_wake(kind, instance, token, now)
@@ -299,7 +303,7 @@ class DStackEngine(ChoosingEngine):
     def _may_wait(self, instance: Instance, start: int, slow: float, now: int) -> bool:
         if not instance.slo_us or instance.waiting >= instance.batch_size or instance.boosted:
             return False
-        if not self.running:
+        if not self.running or self._all_fit:  # its place would stay empty meanwhile
             return False
         times = instance.times
         run_us = times.us[instance.plan_level][instance.waiting] * times.scale * slow * self._margin(times)
