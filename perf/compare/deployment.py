@@ -215,7 +215,10 @@ class Deployment:
             )  # fmt: skip
         watch.join()
         trial = trial_of(result, recorder.traces, watch.window_s, watch.figures, probe.stalls_s)
-        trial.figures["stages_ms"] = stage_means_ms(stages, self._metrics.stages())
+        means_ms = stage_means_ms(stages, self._metrics.stages())
+        trial.figures["stages_ms"] = {
+            m: means_ms[name] for m, name in self._names.items() if name in means_ms
+        }
         end_s = watch.window_s[1]
         trial.figures["timeline"] = {
             "seconds": SLICE_S,

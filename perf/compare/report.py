@@ -20,6 +20,7 @@ from compare.summary import (
     targets,
 )
 
+STAGES = ("wait_grant", "gather", "run", "respond")
 FAR_OFF = 0.1  # of a prediction
 MET = {True: "yes", False: "**no**", None: "not measured"}
 METHOD = """\
@@ -75,6 +76,7 @@ def write(document: Mapping[str, Any], directory: Path) -> Path:
                at_peak_rows(document)),
         "",
         *latency_section(cells),
+        *stages_section(cells),
         *variants_section(document, cells),
         *simulator_section(cells),
         *static_section(document, cells),
@@ -167,6 +169,23 @@ def latency_section(cells: Mapping[str, Mapping[str, Result]]) -> list[str]:
             *table((key, "rate/s", *(f"{m} (SLO {slos[m]:.1f})" for m in models)), rows), ""
         ]  # fmt: skip
     return lines
+
+
+def stages_section(cells: Mapping[str, Mapping[str, Result]]) -> list[str]:
+    """Where a batch of each model spends its time, at each peak."""
+    lines: list[str] = []
+    for key, cell in cells.items():
+        models = list(next(iter(cell.values()))["slo_ms"])
+        rows = []
+        for name, each in cell.items():
+            found = (each["at_peak"] or {}).get("figures", {}).get("stages_ms", {})
+            if found:
+                shown = [" / ".join(number(found.get(m, {}).get(s), ".1f") for s in STAGES) for m in models]
+                rows.append([name, number(each["at_peak"]["rate_per_s"]), *shown])
+        if rows:
+            lines += [*table((key, "rate/s", *models), rows), ""]
+    head = f"## Where a batch spends its time at the peak, ms on average: {' / '.join(STAGES)}"
+    return [head, "", *lines] if lines else []
 
 
 def variants_section(document: Mapping[str, Any], cells: Mapping[str, Mapping[str, Result]]) -> list[str]:

@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "perf"))
 from compare import summary
 from compare.alternatives import ALTERNATIVES, Alternative, Served, config_text, server_arguments
 from compare.cells import Cell, arrivals_of
+from compare.deployment import stage_means_ms
 from compare.peak import Trial, find_peak
 from compare.planning import PLAN_STEP, rung
 from compare.report import write
@@ -189,6 +190,7 @@ def test_what_the_clients_saw() -> None:
 def result(policy: str, peak_per_s: float, cell: str = "C-4:5:equal:poisson", **more: Any) -> dict[str, Any]:
     figures = {
         "models": {"m": {"p50_ms": 1.0, "p99_ms": 2.0, "cdf_ms": [1.0] * len(CDF_PERCENTS)}},
+        "stages_ms": {"m": {"wait_grant": 0.5, "run": 1.25, "respond": 0.75}},
         "gpu": {"sm_activity": 0.5, "power_w": 300.0}, "jain_fairness": 1.0, "energy_mj_per_inference": 9.0,
         "timeline": {"seconds": 0.1, "requests": {"m": [[0.0, 2.0], [-1.0, 5.0]]},
                      "batches": [["m", 0.0, 1.5, 50.0, 4]]},
@@ -212,6 +214,12 @@ def document(*results: dict[str, Any]) -> dict[str, Any]:
         "runs": [{"date": "d", "commit": "abc", "arguments": ["--cells", "C-4:5"]}],
         "problems": ["a problem"], "static_searches": {}, "cells": list(results),
     }  # fmt: skip
+
+
+def test_stage_times_of_a_trial_are_what_came_between_two_readings() -> None:
+    before = {"a": {"run": (1.0, 100)}}
+    after = {"a": {"run": (1.5, 200), "respond": (0.2, 100)}, "b": {"run": (0.0, 0)}}
+    assert stage_means_ms(before, after) == {"a": {"run": 5.0, "respond": 2.0}}
 
 
 def test_targets_are_judged_by_the_worst_cell_or_the_median() -> None:
@@ -247,7 +255,7 @@ def test_the_report_is_written_from_whatever_is_there(tmp_path: Path) -> None:
     }  # fmt: skip
     text = write(full, tmp_path).read_text()
     for part in ("**950**", "| 2.38 |", "dstack+levels=off | 800 | 950 | 0.84", "cut short", "a problem",
-                 "0.970", "10.0%"):  # fmt: skip
+                 "0.970", "10.0%", "| 0.5 /  / 1.2 / 0.8 |"):  # fmt: skip
         assert part in text, part
     for name in ("goodput", "latency", "timeline"):
         assert (tmp_path / f"{name}_C-4_5_equal_poisson.png").stat().st_size > 1000

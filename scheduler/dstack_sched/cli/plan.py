@@ -64,7 +64,7 @@ def plan(
         Minimize | None, typer.Option("--minimize", help="Use as few of the --gpus as possible.")
     ] = None,
     maximize: Annotated[
-        Maximize | None, typer.Option("--maximize", help="Leave the most room for higher rates.")
+        Maximize | None, typer.Option("--maximize", help="Leave the most room for higher rates, as run does.")
     ] = None,
     capacity_percent: Annotated[
         float | None,
