@@ -7,7 +7,7 @@ Each pass looks at the instances with work, most urgent first (latest start = ea
 2. the first one that does not fit reserves its place at the predicted end of those that run, and nobody
    behind it may take that place;
 3. what is left over goes down the list (work-conserving), best-effort models last; a batch that is not full
-   may wait for more rows, unless the shares are fixed and all of them fit side by side;
+   may wait for more rows, unless the shares are fixed, all fit side by side and much of the GPU is idle;
 4. while an instance runs, its next batch is decided shortly before the end and chained behind it;
 5. under overload the order is by scoreboard: the least served for its weight first, so that who asks for
    more than its part is who misses; every such miss and every session without a run is reported;
@@ -27,6 +27,7 @@ from dstack_sched.engine.choice import MIN_SESSION_US, ChoosingEngine, Pick, Pla
 from dstack_sched.engine.run_times import RunTimes
 from dstack_sched.engine.state import NEVER, Instance, Run
 
+CROWDED = 0.5  # of the capacity is in use
 AT_EASE = 0.2  # of its objective, for one row
 LATELY_US = 100_000  # who was active since then may come again at any moment
 Entry = tuple[int, int, Instance, bool]  # urgency, serial (ties by age), instance, whether it runs
@@ -303,8 +304,8 @@ class DStackEngine(ChoosingEngine):
     def _may_wait(self, instance: Instance, start: int, slow: float, now: int) -> bool:
         if not instance.slo_us or instance.waiting >= instance.batch_size or instance.boosted:
             return False
-        if not self.running or self._all_fit:  # its place would stay empty meanwhile
-            return False
+        if not self.running or (self._all_fit and self.promised <= CROWDED * self.capacity):
+            return False  # its place would stay empty meanwhile
         times = instance.times
         run_us = times.us[instance.plan_level][instance.waiting] * times.scale * slow * self._margin(times)
         go_us = instance.deadline_us - int(run_us + self._patience(instance) * instance.slo_us)
