@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +12,7 @@ from itertools import pairwise
 from typing import Literal
 
 import cvxpy as cp
+import highspy
 import numpy as np
 import scipy.sparse as sp
 from scipy.optimize import linprog
@@ -166,6 +169,7 @@ def solve_program(
     right, exact = np.asarray(below.right), np.asarray(equal.right)
     if not integers:
         return _solve_real(cost, (left, right), (even, exact), upper, time_limit_s)
+    _let_highs_greet()
     v = cp.Variable(width, integer=(np.asarray(integers, np.int64),), bounds=[np.zeros(width), upper])
     problem = cp.Problem(cp.Minimize(cost @ v), [left @ v <= right, even @ v == exact])
     options = {"mip_rel_gap": gap, "time_limit": time_limit_s, "threads": 2}
@@ -192,6 +196,21 @@ def solve_program(
     if not holds:
         return Solved("failed", None, bound)
     return Solved("optimal" if problem.status == cp.OPTIMAL else "limit", values, bound)
+
+
+@functools.cache
+def _let_highs_greet() -> None:
+    """HiGHS 1.16 writes its name to the process's standard output when the first solver is made, before any
+    option can be set; there it would precede what `--json` prints."""
+    kept = os.dup(1)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 1)
+        highspy.Highs()
+    finally:
+        os.dup2(kept, 1)
+        os.close(nowhere)
+        os.close(kept)
 
 
 def _solve_real(
