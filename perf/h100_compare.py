@@ -222,6 +222,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--curve", action="store_true", help="also goodput at fixed shares of the peak")
     parser.add_argument("--static-search-s", type=float, default=45.0, help="for best-static, a cell and run")
+    parser.add_argument("--learn-rounds", type=int, default=2, help="of dstack, before its first peak")
     parser.add_argument("--again", action="store_true", help="measure what is known already, too")
     parser.add_argument("--predict", action="store_true", help="only the simulator's side of compare.json")
     parser.add_argument("--parameters", type=names_to(pair), default=[], help="KEY=VALUE for every config")

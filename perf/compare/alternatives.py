@@ -9,12 +9,14 @@ All use the same backend with CUDA graphs and the pipeline, so that only the way
     (e) best-static    as (d), with the best shares, batch sizes and instances that a search by trial finds
     (f) rate-limiter   as (d), Triton's own rate limiter with the shares as resources
     (g) one-process    all models in one stub process, a thread and a stream each
-    (h) dstack         D-STACK as `dstackctl run` sets it up: MPS shares of its own plan, and the arbiter
+    (h) dstack         D-STACK as `dstackctl run` sets it up: MPS shares of its own plan, corrected by what
+                       service shows of the profiles (learn), and the arbiter
 
 A variant of one of them is spelled NAME+KEY=VALUE+..., e.g. dstack+levels=auto+shares=whole, and is measured
 as an alternative of its own. Keys: `shares` (whole; planned: knee shares; own: of D-STACK's plan), `policy`
 (the arbiter's), `mps` (on, off), `capacity` (percent promised at once, in place of the plan's), `load_factor`
-(part of the capacity that is planned with), and every parameter of the backend's config.pbtxt.
+(part of the capacity that is planned with), `learn` (on, off; with own shares), and every parameter of the
+backend's config.pbtxt.
 """
 
 from __future__ import annotations
@@ -42,7 +44,8 @@ class Alternative:
     MPS daemon. shares: what each process gets, the whole GPU, shares that suit all side by side (planned),
     those of D-STACK's own plan or those that a search finds. policy: the arbiter's; None: no
     arbiter, backends run when they like. parameters: of every model's config. told: what the arbiter's plan
-    differs in (TOLD). variant_of: name of the alternative that it is a variant of."""
+    differs in (TOLD). learn: its plan is corrected by what service shows, before it is measured. variant_of:
+    name of the alternative that it is a variant of."""
 
     letter: str
     name: str
@@ -54,6 +57,7 @@ class Alternative:
     one_process: bool = False
     parameters: tuple[tuple[str, str], ...] = ()
     told: tuple[tuple[str, float], ...] = ()
+    learn: bool = False
     variant_of: str | None = None
 
     @property
@@ -65,7 +69,7 @@ class Alternative:
     def server(self) -> tuple[object, ...]:
         """Alternatives with equal values can take turns on one running server."""
         config = tuple(sorted(self.config.items()))
-        return (self.mps, self.shares, self.rate_limiter, self.one_process, config)
+        return (self.mps, self.shares, self.learn, self.rate_limiter, self.one_process, config)
 
     @property
     def told_by_name(self) -> dict[str, float]:
@@ -98,9 +102,11 @@ def _changed(made: Alternative, text: str, key: str, value: str) -> Alternative:
             raise InputError(f"alternative {text!r}: {key} is {value!r}; a number above 0 is wanted")
         return replace(made, told=(*made.told, (key, number)))
     if key == "shares" and value in SHARES:
-        return replace(made, shares=SHARES[value])
+        return replace(made, shares=SHARES[value], learn=made.learn and value == "own")
     if key == "mps" and value in ("on", "off"):
         return replace(made, mps=value == "on")
+    if key == "learn" and value in ("on", "off") and made.shares == "own":
+        return replace(made, learn=value == "on")
     if key == "policy" and value in POLICIES:
         return replace(made, policy=value)
     if key in PARAMETERS:
@@ -108,7 +114,8 @@ def _changed(made: Alternative, text: str, key: str, value: str) -> Alternative:
         return replace(made, parameters=(*others, (key, value)))
     raise InputError(
         f"alternative {text!r}: {key}={value} is no change that is known; {'shares=' + '|'.join(SHARES)}, "
-        f"mps=on|off, policy=NAME, {', '.join(TOLD)}, or a parameter of the backend"
+        f"mps=on|off, policy=NAME, {', '.join(TOLD)}, learn=on|off (with own shares), or a parameter of the "
+        "backend"
     )
 
 
@@ -117,7 +124,7 @@ ALTERNATIVES = {
     each.name: each
     for each in (
         Alternative("c", "mps-default", "MPS, no limits"),
-        Alternative("h", "dstack", "D-STACK", shares="own", policy="dstack"),
+        Alternative("h", "dstack", "D-STACK", shares="own", policy="dstack", learn=True),
         Alternative("a", "time-sliced", "no MPS, time slices", mps=False),
         Alternative("d", "mps-static", "MPS, fixed knee shares", shares="planned"),
         Alternative("b", "temporal", "one model at a time", policy="temporal"),

@@ -15,9 +15,10 @@ from compare.cells import Cell, network_of
 from compare.deployment import Deployment, Site
 from compare.fleet import Fleet
 from compare.peak import Trial, find_peak
-from compare.planning import Solo
+from compare.planning import Learned, Solo
 from compare.static_search import StaticSearch
 from compare.study import ATTAINMENT, SEED, Study, best_trial, point, search_figures, worst_miss
+from compare.traces import LostLoadError
 from dstack_sched.app.arbiter_plans import arbiter_form
 from dstack_sched.app.bench import BenchOptions, again_if_silent
 from dstack_sched.domain.workload import OnLate, Workload
@@ -25,6 +26,7 @@ from dstack_sched.errors import MachineError, ServerError
 from report import commit, now
 
 CURVE_LOADS = (0.5, 0.8, 1.2, 1.5)  # of the alternative's own peak; the peak itself is measured anyway
+LEARN_LOAD = 0.7  # of the peak that is expected
 AGAIN_STEP = 1.1  # of a repeat, whose peak is about known
 TAIL_S = 0.3  # perf_analyzers start late, so they end late: little load is needed behind the window
 OVERHEAD_S = 1.5  # of a trial: perf_analyzer's start and end, reading its export
@@ -104,9 +106,38 @@ class CellRun:
         if alternative.shares == "whole":
             return {model: Served(extra=extra) for model in self._cell.models}
         planner = self._study.planner
-        shares_of = planner.own if alternative.shares == "own" else planner.static
-        planned = shares_of(self._cell, self._expected)
+        if alternative.shares == "own":
+            planned = planner.own(self._cell, self._expected, self._learned(alternative))
+        else:
+            planned = planner.static(self._cell, self._expected)
         return {model: replace(how, extra=extra) for model, how in planned.items()}
+
+    def _learned(self, alternative: Alternative) -> Learned:
+        """What the alternative has learned of the profiles so far."""
+        return self._study.learned(self._cell) or () if alternative.learn else ()
+
+    def _learn(self, alternative: Alternative, guess_per_s: float) -> None:
+        """Correct the profiles by what service shows and deploy the shares of the plan that follows, as the
+        controller of `dstackctl run` does while it serves: load below the peak, a look, another plan."""
+        study, cell = self._study, self._cell
+        began = time.monotonic()
+        learned = dict(study.learned(cell) or ())
+        for _ in range(study.options.learn_rounds):
+            if study.left_s() < self.blind_s + self.trial_s:
+                return
+            self._trial(alternative, LEARN_LOAD * guess_per_s, 0)
+            deployment = self._deployed(alternative)
+            seen = {network_of(model): deployment.seen(model) for model in cell.models}
+            refits = {n: study.planner.learn(n, learned.get(n), runs) for n, runs in seen.items()}
+            learned |= {network: refit for network, refit in refits.items() if refit is not None}
+            study.learn(cell, tuple(sorted(learned.items())), time.monotonic() - began)
+            served = self._served(alternative)
+            shares = ", ".join(f"{model} {how.gpu_percent:g}%" for model, how in served.items())
+            study.say(f"{cell.key} {alternative.name}: shares by what was seen: {shares}")
+            if not deployment.change(served):
+                break
+            deployment.settle()
+        study.learn(cell, tuple(sorted(learned.items())), time.monotonic() - began)
 
     def _measure_solo(self) -> None:
         """Latency of a lone request at the client, of every network that is not known yet."""
@@ -151,8 +182,16 @@ class CellRun:
             options.seconds, options.warmup_s, SEED + repeat,
             tail_s=TAIL_S, patience_s=PATIENCE_S, first_answer_s=FIRST_ANSWER_S,
         )  # fmt: skip
+
+        def run() -> Trial:
+            return again_if_silent(lambda: deployment.trial(cell, workload, bench, repeat), study.say)
+
         try:
-            trial = again_if_silent(lambda: deployment.trial(cell, workload, bench, repeat), study.say)
+            try:
+                trial = run()
+            except LostLoadError as error:
+                study.problem(f"{cell.key} {alternative.name} at {rate_per_s:.0f}/s, once more", error)
+                trial = run()
         except (MachineError, ServerError) as error:
             study.problem(f"{cell.key} {alternative.name} at {rate_per_s:.0f}/s", error)
             self._fleet.drop(alternative)
@@ -170,12 +209,13 @@ class CellRun:
         """Send the arbiter the plan that a controller would have in force at this rate. The SLO it is told is
         what serving leaves of the client's."""
         planner, cell = self._study.planner, self._cell
-        plan = planner.plan(cell, self._expected, alternative, rate_per_s)
+        learned = self._learned(alternative)
+        plan = planner.plan(cell, self._expected, alternative, rate_per_s, learned)
         if not plan.models:
             self._study.say(f"  no plan for {rate_per_s:.0f}/s: {plan.binding[0]}; the last one stays")
             return
         told = planner.inside(cell, tuple(sorted(self._study.solo_ms.items())), workload)
-        form = arbiter_form(plan, planner.profiles(cell), told)
+        form = arbiter_form(plan, planner.profiles(cell, learned), told)
         deployment.control("plan", gpus=form)
 
     def _guess(self, alternative: Alternative) -> float:
@@ -204,6 +244,8 @@ class CellRun:
             guess = guess or study.searches[cell.key]["peak_per_s"]
         deployment = self._deployed(alternative)
         guess = guess or self._guess(alternative)
+        if alternative.learn and study.learned(cell) is None:
+            self._learn(alternative, guess)
         began = time.monotonic()
         found = find_peak(
             lambda rate: self._trial(alternative, rate, repeat), guess, wanted=ATTAINMENT,

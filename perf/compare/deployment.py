@@ -26,8 +26,10 @@ from dstack_sched.adapters.triton_metrics import TritonMetrics
 from dstack_sched.app.bench import BenchOptions, again_if_silent, run_bench
 from dstack_sched.app.timeline import read_timeline
 from dstack_sched.cli.host import Host, HostOptions
+from dstack_sched.cli.live_steps import seen_of
 from dstack_sched.domain.load import BenchResult
 from dstack_sched.domain.workload import ModelDemand, OnLate, Workload
+from dstack_sched.engine.run_times import Seen
 from dstack_sched.errors import DstackError, ServerError
 
 SETTLED_LIMIT_S = 60.0  # of the CUDA programs that an instance makes after it is ready
@@ -143,14 +145,26 @@ class Deployment:
         assert self.server is not None
         return str(self.server.metadata()["version"])
 
-    def change(self, served: Mapping[str, Served]) -> None:
-        """Deploy the models anew as told, on the same server; those that stay as they are do not load."""
+    def change(self, served: Mapping[str, Served]) -> list[str]:
+        """Deploy the models anew as told, on the same server; returns those that loaded: what stays as it is
+        does not."""
         changed = [model for model, how in served.items() if self.served.get(model) != how]
         for model in changed:
             write_config(self.repository, model, served[model], self.alternative, self.site.kind)
         if changed:
             self._load_all([served_name(model) for model in changed])
         self.served = dict(served)
+        return changed
+
+    def settle(self) -> None:
+        """Wait until nothing is prepared any more and, where the arbiter runs, all instances have joined."""
+        self._settle()
+        if self.arbiter_runs:
+            self._wait_joined()
+
+    def seen(self, model: str) -> list[Seen]:
+        """What the arbiter has seen of a model's runs."""
+        return seen_of(self.control("run_times", model=self._names[model]))
 
     def use(self, alternative: Alternative) -> None:
         """Let another alternative have this server; it must suit (Alternative.server)."""

@@ -11,7 +11,7 @@ import math
 import multiprocessing
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,12 +20,14 @@ from typing import Any
 from compare.alternatives import Alternative, Served
 from compare.cells import Cell, network_of, trace
 from dstack_sched.adapters.profile_files import read_profiles
+from dstack_sched.app.drift import DriftSettings, corrected_set, look, start
 from dstack_sched.app.planning import PlanOptions, make_plan
 from dstack_sched.app.replan import ReplanSettings, with_reserve
 from dstack_sched.domain.plan import Plan
-from dstack_sched.domain.profile import CorunPoint, ProfileSet
+from dstack_sched.domain.profile import Correction, CorunPoint, ProfileSet
 from dstack_sched.domain.workload import OnLate, Workload
 from dstack_sched.engine.registry import POLICIES
+from dstack_sched.engine.run_times import Seen
 from dstack_sched.errors import DstackError
 from dstack_sched.policy.latency import LatencySurface
 from dstack_sched.sim.scenario import Delays, Serving
@@ -35,12 +37,14 @@ SIM_SECONDS = 4.0
 SIM_SEEDS = (1, 2)
 GUESS_SECONDS = 1.5
 SERVING_MS = 1.3  # what Triton and client add to a lone run (perf/reports/h100/dataplane.md): until measured
-# Fitted to the first peaks measured through Triton and perf_analyzer (decision 0122):
-PREPARE_MS = 1.0  # of that, what keeps the instance busy before its device starts
-JITTER_MS = 2.0  # what Triton, Python and client add in one of a hundred requests, beyond the usual
+# From the stage times in perf/reports/h100/second, and what is left from its peaks (decision 0126):
+PREPARE_MS = 0.5  # of that, what keeps the instance busy before its device starts
+ANSWER_MS = 0.35  # of that, what each row of a batch takes to be answered, one after the other
+JITTER_MS = 1.0  # what Triton, Python and client add in one of a hundred requests, beyond the usual
 DELAYS = Delays(250, 250)  # of the arbiter's messages on a busy host of sixteen virtual cores
 PLAN_STEP = 1.25  # plans are made for rates this far apart; a trial gets that of the rate next above its own
 PLAN_RANGE = (0.6, 1.9)  # of the guess
+LEARNING = DriftSettings(band=0.05, looks=1)
 LEVELS_PERCENT = {"off": (), "auto": (25.0, 50.0, 100.0)}
 SIMULATED = {
     "dstack": "dstack", "temporal": "temporal", "mps-default": "mps-default", "mps-static": "mps-static",
@@ -50,11 +54,13 @@ SIMULATED = {
 NOT_EXACT = ("best-static", "one-process")  # the simulator has the likes of them, not them
 
 Solo = tuple[tuple[str, float], ...]  # (network, ms of a lone request at the client), by name
+Learned = tuple[tuple[str, Correction], ...]  # (network, what service has shown its profile to be), by name
 
 
 @dataclass(frozen=True, slots=True)
 class Sum:
-    """What is to be worked out, as it travels to a worker. rate_per_s: of a plan."""
+    """What is to be worked out, as it travels to a worker. rate_per_s: of a plan. learned: what corrects the
+    profiles."""
 
     what: str
     profiles: Path
@@ -63,6 +69,7 @@ class Sum:
     alternative: Alternative | None = None
     rate_per_s: float = 0.0
     seconds: float = GUESS_SECONDS
+    learned: Learned = ()
 
 
 class Planner:
@@ -91,7 +98,7 @@ class Planner:
         return tuple(sorted(found.items()))
 
     def ask(
-        self, what: str, cell: Cell, solo: Solo, alternative: Alternative | None = None, **more: float
+        self, what: str, cell: Cell, solo: Solo, alternative: Alternative | None = None, **more: Any
     ) -> Future[Any]:
         """The future of a sum; asked again, the same."""
         wanted = Sum(what, self._path, cell, solo, alternative, **more)
@@ -104,15 +111,17 @@ class Planner:
         shares: dict[str, Served] = self.ask("static", cell, solo).result()
         return shares
 
-    def own(self, cell: Cell, solo: Solo) -> dict[str, Served]:
+    def own(self, cell: Cell, solo: Solo, learned: Learned = ()) -> dict[str, Served]:
         """The shares of D-STACK's plan; fixed ones as `static` where it has none."""
-        shares: dict[str, Served] = self.ask("own", cell, solo).result()
+        shares: dict[str, Served] = self.ask("own", cell, solo, learned=learned).result()
         return shares or self.static(cell, solo)
 
-    def plan(self, cell: Cell, solo: Solo, alternative: Alternative, rate_per_s: float) -> Plan:
+    def plan(
+        self, cell: Cell, solo: Solo, alternative: Alternative, rate_per_s: float, learned: Learned = ()
+    ) -> Plan:
         """The plan that a controller would have in force at about this rate."""
         plan: Plan
-        plan, took_s = self._plan_of(cell, solo, alternative, rung(rate_per_s)).result()
+        plan, took_s = self._plan_of(cell, solo, alternative, rung(rate_per_s), learned).result()
         self.plan_s[cell.key] = max(took_s, self.plan_s.get(cell.key, 0.0))
         return plan
 
@@ -123,15 +132,23 @@ class Planner:
         first, last = (rung(guess_per_s * factor) for factor in PLAN_RANGE)
         return [self._plan_of(cell, solo, alternative, step) for step in range(first, last + 1)]
 
-    def _plan_of(self, cell: Cell, solo: Solo, alternative: Alternative, step: int) -> Future[Any]:
+    def _plan_of(
+        self, cell: Cell, solo: Solo, alternative: Alternative, step: int, learned: Learned = ()
+    ) -> Future[Any]:
         told = Alternative("", "", "", told=alternative.told)
-        return self.ask("plan", cell, solo, told, rate_per_s=PLAN_STEP**step)
+        return self.ask("plan", cell, solo, told, rate_per_s=PLAN_STEP**step, learned=learned)
 
     def inside(self, cell: Cell, solo: Solo, workload: Workload) -> Workload:
         return inside(self._profiles, solo, workload)
 
-    def profiles(self, cell: Cell) -> ProfileSet:
-        return profiles_of(self._profiles, cell)
+    def profiles(self, cell: Cell, learned: Learned = ()) -> ProfileSet:
+        return profiles_of(corrected_set(self._profiles, dict(learned)), cell)
+
+    def learn(self, network: str, known: Correction | None, seen: Sequence[Seen]) -> Correction | None:
+        """What runs in service say of a network's profile, as the controller takes it (app/drift.py), but at
+        one look; None where they say nothing new."""
+        profile = self._profiles.models[network]
+        return look(start(profile, known), profile, seen, LEARNING).refit
 
 
 def rung(rate_per_s: float) -> int:
@@ -149,7 +166,7 @@ def _be_nice() -> None:
 
 def work_out(wanted: Sum) -> Any:
     """The result of a sum; None where a peak or a bound cannot be had."""
-    profiles = _read(wanted.profiles)
+    profiles = corrected_set(_read(wanted.profiles), dict(wanted.learned))
     case = functools.partial(_case, profiles, wanted.cell, wanted.solo)
     if wanted.what == "static":
         shares = case().shares
@@ -205,7 +222,8 @@ def inside(profiles: ProfileSet, solo: Solo, workload: Workload) -> Workload:
     for demand in workload.models:
         network = network_of(demand.name)
         surface = LatencySurface.from_profile(profiles.models[network])
-        outside_ms = max(0.0, by_network[network] - float(surface.latency_ms(100.0, 1)) - PREPARE_MS)
+        lone_ms = float(surface.latency_ms(100.0, 1)) + PREPARE_MS + ANSWER_MS
+        outside_ms = max(0.0, by_network[network] - lone_ms)
         assert demand.slo_ms is not None
         models.append(replace(demand, slo_ms=round(demand.slo_ms - outside_ms, 3)))
     return replace(workload, models=tuple(models))
@@ -221,14 +239,14 @@ def _case(
     profiles: ProfileSet, cell: Cell, solo: Solo, *, levels: tuple[float, ...] = (), plan: Plan | None = None
 ) -> Case:
     """The simulator's case at a total rate of 1000/s. The SLOs are those inside, less the jitter that
-    one of a hundred may meet outside; of what serving costs only that is left which keeps the instance busy.
-    Errors: InputError, an SLO that the jitter alone takes up."""
+    one of a hundred may meet outside; of what serving costs only that is left which the queue or the batch
+    size makes more of. Errors: InputError, an SLO that the jitter alone takes up."""
     workload = _workload(profiles, cell, solo, 1000.0)
     quick = tuple(replace(each, slo_ms=(each.slo_ms or 0.0) - JITTER_MS) for each in workload.models)
     case = make_case(
         profiles_of(profiles, cell), replace(workload, models=quick), levels=levels, plan=plan,
         arrivals=trace() if cell.arrivals == "trace" else None,
-        serving=Serving(outside_us=0, prepare_us=round(PREPARE_MS * 1e3)),
+        serving=Serving(0, round(PREPARE_MS * 1e3), round(ANSWER_MS * 1e3)),
     )  # fmt: skip
     return replace(case, delays=DELAYS)
 
@@ -248,7 +266,7 @@ def _plan(profiles: ProfileSet, wanted: Sum, told: Mapping[str, float]) -> Plan:
 
 def _plan_at_half(profiles: ProfileSet, wanted: Sum, told: Mapping[str, float]) -> Plan:
     """The plan at about half of what the bound says."""
-    ideal = work_out(replace(wanted, what="bounds", alternative=None))
+    ideal = work_out(replace(wanted, what="bounds", alternative=None, learned=()))
     at_half = replace(wanted, rate_per_s=PLAN_STEP ** rung(ideal[0] / 2 if ideal else 1000.0))
     return _plan(profiles, at_half, told)
 

@@ -18,6 +18,7 @@ from compare.summary import (
     predictions,
     ratio,
     targets,
+    time_to_find_s,
 )
 
 STAGES = ("wait_grant", "gather", "run", "respond")
@@ -79,6 +80,7 @@ def write(document: Mapping[str, Any], directory: Path) -> Path:
         *stages_section(cells),
         *variants_section(document, cells),
         *simulator_section(cells),
+        *learned_section(document),
         *static_section(document, cells),
         *data_plane_section(directory),
         *solo_section(document),
@@ -223,12 +225,29 @@ def simulator_section(cells: Mapping[str, Mapping[str, Result]]) -> list[str]:
     ]  # fmt: skip
 
 
+def learned_section(document: Mapping[str, Any]) -> list[str]:
+    """What service has shown of the profiles, cell by cell."""
+    rows = [
+        [key, network, f"{each['scale']:.2f}", len(each["points"]), f"{known['seconds']:.0f}"]
+        for key, known in document.get("learned", {}).items()
+        for network, each in known["corrections"].items()
+    ]
+    if not rows:
+        return []
+    return [
+        "## What D-STACK learned of the profiles in service", "",
+        "Run times over the profile's, the slowdown by co-runners taken out, as the controller of",
+        "`dstackctl run` finds them (decisions/0091); the plan behind the peaks is made with them.", "",
+        *table(("cell", "network", "scale", "points replaced", "s, reloads included"), rows), "",
+    ]  # fmt: skip
+
+
 def static_section(document: Mapping[str, Any], cells: Mapping[str, Mapping[str, Result]]) -> list[str]:
     """What the search for the best fixed shares tried."""
     lines: list[str] = []
     for key, search in document.get("static_searches", {}).items():
-        plan_s = cells.get(key, {}).get(OURS, {}).get("plan_s")
-        beside = f"; a plan of D-STACK takes {plan_s:.1f} s at most" if plan_s else ""
+        found_s = time_to_find_s(document, cells, key)
+        beside = f"; D-STACK learned and planned for {found_s:.1f} s at most" if found_s else ""
         tried = [
             [each["shares"], number(each["held_per_s"] or None), number(each["failed_at_per_s"])]
             for each in search["tried"]

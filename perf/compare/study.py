@@ -17,7 +17,8 @@ from compare.alternatives import Alternative
 from compare.cells import Cell
 from compare.gpu_watch import Nvml
 from compare.peak import PeakSearch, Trial
-from compare.planning import Planner
+from compare.planning import Learned, Planner
+from dstack_sched.adapters.correction_store import correction_of
 from dstack_sched.errors import DstackError, InputError
 from report import commit, now, write_report
 
@@ -42,6 +43,7 @@ class Study:
         self.solo_ms: dict[str, float] = known.get("solo_ms", {})
         self.problems: list[str] = known.get("problems", [])
         self.searches: dict[str, Any] = known.get("static_searches", {})
+        self._learned: dict[str, Any] = known.get("learned", {})
         self.runs: list[dict[str, Any]] = known.get("runs", [])
         self.runs.append({"date": now(), "commit": commit(), "arguments": options.arguments})
         self.versions: dict[str, str] = known.get("versions", {}) | {"onnxruntime": onnxruntime.__version__}
@@ -80,6 +82,8 @@ class Study:
         ]  # fmt: skip
         if alternative.shares == "searched":
             self.searches.pop(cell.key, None)
+        if alternative.learn:
+            self._learned.pop(cell.key, None)
 
     def repeats(self, cell: Cell, alternative: Alternative) -> int:
         known = self.find(cell, alternative)
@@ -90,6 +94,19 @@ class Study:
         if known is None or len(known["repeats"]) < self.options.repeats:
             return False
         return not self.options.curve or bool(known["curve_done"]) or not known["peak_per_s"]
+
+    def learned(self, cell: Cell) -> Learned | None:
+        """What service has shown of the profiles in a cell; None where nobody has looked."""
+        known = self._learned.get(cell.key)
+        if known is None:
+            return None
+        return tuple((network, correction_of(raw, network)) for network, raw in known["corrections"].items())
+
+    def learn(self, cell: Cell, learned: Learned, seconds: float) -> None:
+        """Keep it, and the time that it took so far."""
+        found = {network: asdict(each) for network, each in learned}
+        self._learned[cell.key] = {"seconds": round(seconds, 1), "corrections": found}
+        self.write()
 
     def keep(self, result: Mapping[str, Any]) -> None:
         """Add or replace a result, and write all."""
@@ -105,7 +122,8 @@ class Study:
             {"device": self.options.device, "gpu": self._gpu, "attainment": ATTAINMENT, "seed": SEED,
              "seconds": self.options.seconds, "profiles": str(self.options.profiles.name),
              "versions": self.versions, "runs": self.runs, "solo_ms": self.solo_ms,
-             "cells": self.results, "static_searches": self.searches, "problems": self.problems},
+             "cells": self.results, "learned": self._learned, "static_searches": self.searches,
+             "problems": self.problems},
         )  # fmt: skip
 
 

@@ -66,6 +66,13 @@ def fraction_of_ideal(cells: Cells) -> dict[str, float]:
     }
 
 
+def time_to_find_s(document: Mapping[str, Any], cells: Cells, key: str) -> float | None:
+    """What D-STACK took to find the plan of a cell: the longest plan, and the service it learned from."""
+    plan_s = cells.get(key, {}).get(OURS, {}).get("plan_s")
+    learned = document.get("learned", {}).get(key)
+    return plan_s + (learned["seconds"] if learned else 0.0) if plan_s else None
+
+
 def predictions(cells: Cells) -> dict[tuple[str, str], tuple[float, float]]:
     """(cell, policy) -> (predicted, measured) peak, of the alternatives that the simulator knows."""
     return {
@@ -101,9 +108,9 @@ def targets(document: Mapping[str, Any]) -> list[Target]:
     headline = {each.key: sliced[each.key] for each in HEADLINE if each.key in sliced}
     free, static = against_best_free(cells), ratios(cells, "best-static")
     searched = {
-        key: search["search_s"] / cells[key][OURS]["plan_s"]
+        key: search["search_s"] / found_s
         for key, search in document.get("static_searches", {}).items()
-        if search["search_s"] and cells.get(key, {}).get(OURS, {}).get("plan_s")
+        if search["search_s"] and (found_s := time_to_find_s(document, cells, key))
     }
     steady = {k: f for k, f in fraction_of_ideal(cells).items() if k.endswith(":poisson")}
     busy = {
@@ -125,7 +132,7 @@ def targets(document: Mapping[str, Any]) -> list[Target]:
         _middle("against the best of (c), (d), (f), (g): median >= 1.3", free, 1.3),
         _least("against the best of (c), (d), (f), (g): never below 1.0", free, 1.0),
         _least("against best static: >= 1.15", static, 1.15),
-        _least("best static's search takes >= 10 times as long as a plan", searched, 10.0),
+        _least("best static's search takes >= 10 times as long as ours", searched, 10.0),
         _least("fraction of the ideal on steady mixes: >= 0.9", steady, 0.9),
         _least("SM activity at the peak over time-sliced's: >= 1.6", busy, 1.6),
         _least("Jain fairness at 1.5 times the peak: >= 0.95", fair, 0.95),

@@ -15,8 +15,15 @@ from dstack_sched.sim.result import jain
 
 CDF_PERCENTS = (0, 1, 2, 5, *range(10, 90, 10), 90, 95, 97, 98, 99, 99.5, 99.9, 100)
 MOST_SPANS = 400  # of one model, in a timeline
+MOST_UNMEASURED = (
+    0.5  # of a model's requests: perf_analyzer forgets all of a stretch that it ends at an error
+)
 
 Traces = Mapping[str, Sequence[LoadTrace]]
+
+
+class LostLoadError(ServerError):
+    """Too little of the load was measured to say anything of a model."""
 
 
 class Recorder:
@@ -80,16 +87,18 @@ def trial_of(
     stalls_s: np.ndarray,
 ) -> Trial:
     """The figures of a stretch: by model, and of the worst of them. window_s: the stretch in wall-clock
-    seconds. stalls_s: what of it is left out (stalls.py), shape (stalls, 2). Errors: ServerError, no load
-    measured."""
+    seconds. stalls_s: what of it is left out (stalls.py), shape (stalls, 2). Errors: LostLoadError."""
     models = {}
     stalls_s = np.clip(stalls_s, *window_s)
     if length_s(stalls_s) > MOST_LEFT_OUT * (window_s[1] - window_s[0]):
         stalls_s = np.empty((0, 2))  # that is the load itself
     kept_s = window_s[1] - window_s[0] - length_s(stalls_s)
     for name, each in result.models.items():
-        if each.slo_attainment is None:
-            raise ServerError(f"{name}: the load could not be measured ({each.requests} requests)")
+        if each.slo_attainment is None or each.unmeasured > MOST_UNMEASURED * each.requests:
+            why = f": {each.errors[0]}" if each.errors else ""
+            raise LostLoadError(
+                f"{name}: {each.unmeasured} of {each.requests} requests were answered and not measured{why}"
+            )
         sent_s = np.concatenate([part.sent_s for part in traces[name]])
         latency_ms = np.concatenate([part.latency_ms for part in traces[name]])
         inside = (sent_s >= window_s[0]) & (sent_s < window_s[1])
@@ -97,7 +106,7 @@ def trial_of(
         good = int((latency_ms[kept] <= (each.slo_ms or np.inf)).sum())
         models[name] = {
             "rate_per_s": round(each.rate_per_s, 2), "requests": each.requests, "failed": each.failed,
-            "p50_ms": each.latency_ms_p50, "p99_ms": each.latency_ms_p99,
+            "errors": list(each.errors), "p50_ms": each.latency_ms_p50, "p99_ms": each.latency_ms_p99,
             "attainment": good / max(1, int(kept.sum()) + each.failed),
             "goodput_per_s": round(good / kept_s, 2) if kept_s > 0 else 0.0,
             "kept": int(kept.sum()), "attainment_of_all": each.slo_attainment,

@@ -77,5 +77,8 @@ def test_all_alternatives_run_and_are_reported(tmp_path: Path) -> None:
         assert all(model["requests"] > 0 and model["attainment"] >= 0.99 for model in latencies.values())
     assert "mps-default" not in second.stdout.split("\n")[0]  # known from the first run
     assert next(iter(document["static_searches"].values()))["tried"]
+    learned = document["learned"]["C-2:100:equal:poisson"]
+    assert learned["seconds"] > 0 and all(each["scale"] > 0 for each in learned["corrections"].values())
+    assert "shares by what was seen" in first.stdout and "shares by what was seen" not in second.stdout
     assert "| C-2:100:equal:poisson |" in (tmp_path / "out" / "README.md").read_text()
     assert (tmp_path / "out" / "timeline_C-2_100_equal_poisson.png").exists()

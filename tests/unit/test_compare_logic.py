@@ -17,14 +17,21 @@ from compare.alternatives import ALTERNATIVES, Alternative, Served, config_text,
 from compare.cells import Cell, arrivals_of
 from compare.deployment import stage_means_ms
 from compare.peak import Trial, find_peak
-from compare.planning import PLAN_STEP, rung
+from compare.planning import PLAN_STEP, Planner, rung
 from compare.report import write
 from compare.stalls import length_s, outside, stretches_of
 from compare.static_search import StaticSearch, candidates
-from compare.traces import CDF_PERCENTS, Recorder, served_share, spans, trial_of
+from compare.traces import CDF_PERCENTS, LostLoadError, Recorder, served_share, spans, trial_of
+from dstack_sched.adapters.profile_files import read_profiles
 from dstack_sched.domain.load import BenchResult, LoadTrace, ModelResult
 from dstack_sched.domain.workload import ModelDemand, OnLate
+from dstack_sched.engine.run_times import Seen
 from dstack_sched.errors import InputError
+from dstack_sched.policy.latency import LatencySurface
+
+ROOT = Path(__file__).resolve().parents[2]
+PROFILES = ROOT / "perf" / "reports" / "h100" / "profiles.json"
+NONE = np.empty((0, 2))
 
 
 def test_all_eight_alternatives_are_there_and_share_servers_where_only_the_policy_differs() -> None:
@@ -42,13 +49,17 @@ def test_a_variant_is_an_alternative_of_its_own() -> None:
     assert Alternative.parse("dstack+capacity=250").server == ALTERNATIVES["dstack"].server
     assert Alternative.parse("dstack+levels=auto").server != ALTERNATIVES["dstack"].server
     assert Alternative.parse("dstack+levels=off").server == ALTERNATIVES["dstack"].server
+    unlearned = Alternative.parse("dstack+learn=off")
+    assert not unlearned.learn and ALTERNATIVES["dstack"].learn
+    assert unlearned.server != ALTERNATIVES["dstack"].server  # its shares are others
     assert Alternative.parse("temporal+cuda_graphs=false").config["cuda_graphs"] == "false"
 
 
 @pytest.mark.parametrize(
     ("text", "part"),
     [("dstak", "no 'dstak'"), ("dstack+levels", "KEY=VALUE"), ("dstack+capacity=x", "above 0"),
-     ("dstack+level=off", "level=off"), ("dstack+policy=none", "policy=none")],
+     ("dstack+level=off", "level=off"), ("mps-default+learn=on", "learn=on"),
+     ("dstack+policy=none", "policy=none")],
 )  # fmt: skip
 def test_a_bad_alternative_is_named(text: str, part: str) -> None:
     with pytest.raises(InputError, match=part):
@@ -289,3 +300,36 @@ def test_requests_of_stalls_are_left_out_good_and_bad_alike() -> None:
     assert trial.figures["left_out_share"] == pytest.approx(0.115)
     for nothing in (np.empty((0, 2)), np.array([[100.2, 100.8]])):  # most of the time: that is the load
         assert trial_of(result, traces, (100.0, 101.0), {}, nothing).attainment == 0.9
+
+
+def test_a_load_that_one_error_ended_says_nothing_of_its_model() -> None:
+    """perf_analyzer forgets all of a stretch in which a request failed: that is no attainment of 0."""
+    found = ModelResult(
+        slo_ms=20.0, rate_per_s=40.0, requests=105, failed=1, unmeasured=104, latency_ms_p50=None,
+        latency_ms_p95=None, latency_ms_p99=None, slo_attainment=0.0, goodput_per_s=0.0,
+        send_lag_ms_p99=None, errors=("region is gone",),
+    )  # fmt: skip
+    result = BenchResult(1.0, 0.0, 1, 0.99, {"a": found}, ("a",))
+    with pytest.raises(LostLoadError, match="region is gone"):
+        trial_of(result, {"a": [LoadTrace.cut("region is gone", request_failed=True)]}, (0.0, 1.0), {}, NONE)
+
+
+def test_the_plan_follows_what_was_learned_and_so_does_the_time_to_find_it() -> None:
+    """BERT twice as slow as profiled gets a larger share of a plan for the same rates."""
+    planner = Planner(PROFILES, 1)
+    try:
+        cell = Cell.parse("C-4:5")
+        solo = planner.expected_solo(cell, {})
+        profile = read_profiles(PROFILES).models["bert_base"]
+        surface = LatencySurface.from_profile(profile)
+        runs = [Seen(45.0, rows, 100, 2e3 * float(surface.latency_ms(45.0, rows)), 5e3) for rows in (1, 2, 4)]
+        correction = planner.learn("bert_base", None, runs)
+        assert correction is not None and correction.scale == pytest.approx(2.0, abs=0.01)
+        assert planner.learn("bert_base", correction, runs) is None  # nothing new
+        before = planner.own(cell, solo)
+        after = planner.own(cell, solo, (("bert_base", correction),))
+        assert after["bert_base"].gpu_percent > before["bert_base"].gpu_percent
+    finally:
+        planner.close()
+    known = {"cells": [], "learned": {"c": {"seconds": 20.0, "corrections": {}}}}
+    assert summary.time_to_find_s(known, {"c": {"dstack": {"plan_s": 1.5}}}, "c") == 21.5

@@ -6,9 +6,26 @@ from dataclasses import replace
 
 import pytest
 
-from dstack_sched.app.drift import DriftSettings, DriftWatch, corrected, digest, look, start
-from dstack_sched.domain.profile import Correction, ModelProfile, ProfilePoint
+from dstack_sched.app.drift import (
+    DriftSettings,
+    DriftWatch,
+    corrected,
+    corrected_set,
+    digest,
+    look,
+    start,
+)
+from dstack_sched.domain.profile import (
+    Correction,
+    CorunMember,
+    CorunPoint,
+    Device,
+    ModelProfile,
+    ProfilePoint,
+    ProfileSet,
+)
 from dstack_sched.engine.run_times import Seen
+from dstack_sched.policy.interference import fit_interference
 from dstack_sched.policy.latency import LatencySurface
 
 SETTINGS = DriftSettings()
@@ -125,3 +142,29 @@ def test_a_stored_correction_holds_for_its_own_profile_only() -> None:
 
 def replace_runs(cell: Seen, runs: int) -> Seen:
     return cell._replace(runs=runs)
+
+
+def test_a_correction_changes_how_long_runs_take_and_not_what_co_runners_do_to_them() -> None:
+    """Co-runs beside runs alone: corrected on one side only, a faster model would seem to suffer more."""
+    other = replace(PROFILE, name="n")
+    corun = tuple(
+        CorunPoint(tuple(CorunMember(n, p, 4, 1.6 * ms(p, 4), 4e3 / (1.6 * ms(p, 4))) for n in ("m", "n")))
+        for p in (25.0, 50.0)
+    )
+    device = Device("g", 100, 1 << 30, "d", "r")
+    profiles = ProfileSet(device, {"m": PROFILE, "n": other}, corun)
+    found = corrected_set(profiles, {"m": Correction(digest(PROFILE), 0.5)})
+
+    def slowdowns(each: ProfileSet) -> list[float]:
+        surfaces = {name: LatencySurface.from_profile(profile) for name, profile in each.models.items()}
+        fit = fit_interference(surfaces, each.corun)
+        return [float(fit.slowdown(name, 50.0)) for name in ("m", "n")]
+
+    assert slowdowns(found) == pytest.approx(slowdowns(profiles)) and slowdowns(profiles)[0] > 1.4
+    assert float(LatencySurface.from_profile(found.models["m"]).latency_ms(50.0, 4)) == pytest.approx(
+        0.5 * ms(50.0, 4)
+    )
+    assert found.models["n"] is other and found.corun[0].members[1] == corun[0].members[1]
+    assert found.corun[0].members[0].throughput_per_s == pytest.approx(
+        2 * corun[0].members[0].throughput_per_s
+    )

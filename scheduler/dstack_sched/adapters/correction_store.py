@@ -34,7 +34,7 @@ class FileCorrectionStore:
             if name != _name(device):
                 continue
             try:
-                found[sha256] = _correction(raw, f"{self.path}: {sha256[:12]}")
+                found[sha256] = correction_of(raw, f"{self.path}: {sha256[:12]}")
             except InputError as error:
                 log.warning("%s; forgotten", error)
         return found
@@ -67,8 +67,8 @@ def _name(device: Device) -> str:
     return f"{device.name} {device.sms} {device.driver} {device.runtime}"
 
 
-def _correction(raw: Any, where: str) -> Correction:
-    """Errors: InputError where it is not what `write` writes."""
+def correction_of(raw: Any, where: str) -> Correction:
+    """A correction as it is written (its fields by name). Errors: InputError where it is none."""
     try:
         base, scale, points = str(raw["base"]), float(raw["scale"]), raw["points"]
     except (TypeError, KeyError, ValueError) as error:

@@ -14,12 +14,19 @@ made from only: a model that is profiled anew starts without one.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from dstack_sched.domain.profile import Correction, ModelProfile, ProfilePoint
+from dstack_sched.domain.profile import (
+    Correction,
+    CorunMember,
+    CorunPoint,
+    ModelProfile,
+    ProfilePoint,
+    ProfileSet,
+)
 from dstack_sched.engine.run_times import SEEN_RUNS, Seen
 from dstack_sched.policy.latency import LatencySurface
 
@@ -91,6 +98,34 @@ def corrected(profile: ModelProfile, correction: Correction) -> ModelProfile:
     ]
     points = tuple(sorted((*kept, *correction.points), key=lambda p: (p.batch_size, p.gpu_percent)))
     return replace(profile, points=points, fit=None, knee=None)
+
+
+def corrected_set(profiles: ProfileSet, corrections: Mapping[str, Correction]) -> ProfileSet:
+    """The profiles as they run now. What co-runners do to a model stays what it was measured to be: the
+    interference is fitted to co-runs over runs alone, so both change alike."""
+    models = {
+        name: corrected(profile, corrections[name]) if name in corrections else profile
+        for name, profile in profiles.models.items()
+    }
+    changed = {
+        name: (LatencySurface.from_profile(profiles.models[name]), LatencySurface.from_profile(now))
+        for name, now in models.items()
+        if now is not profiles.models[name]
+    }
+
+    def member(old: CorunMember) -> CorunMember:
+        if old.model not in changed:
+            return old
+        at = (old.gpu_percent, old.batch_size)
+        before, now = (float(surface.latency_ms(*at)) for surface in changed[old.model])
+        return replace(
+            old,
+            latency_ms_p50=old.latency_ms_p50 * now / before,
+            throughput_per_s=old.throughput_per_s * before / now,
+        )
+
+    corun = tuple(CorunPoint(tuple(member(each) for each in point.members)) for point in profiles.corun)
+    return replace(profiles, models=models, corun=corun)
 
 
 def _beside(point: ProfilePoint, seen: ProfilePoint) -> bool:

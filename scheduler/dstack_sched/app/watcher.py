@@ -102,12 +102,7 @@ class Watcher:
 
     def corrected(self, profiles: ProfileSet) -> ProfileSet:
         """The profiles as the models run now."""
-        using = self.corrections()
-        models = {
-            name: drift.corrected(profile, using[name]) if name in using else profile
-            for name, profile in profiles.models.items()
-        }
-        return ProfileSet(profiles.device, models, profiles.corun)
+        return drift.corrected_set(profiles, self.corrections())
 
     def look(self) -> Look:
         """One look. A model that cannot be read (not loaded just now) shows nothing new.

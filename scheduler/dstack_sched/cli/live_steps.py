@@ -166,9 +166,14 @@ class LiveSources:
 
     def run_times(self, model: str) -> Sequence[Seen]:
         try:
-            rows = self._arbiter.request("run_times", model=model).get("runs", ())
+            return seen_of(self._arbiter.request("run_times", model=model))
         except DstackError:
             return ()
-        return [
-            Seen(float(p), int(rows), int(runs), float(p50), float(p99)) for p, rows, runs, p50, p99 in rows
-        ]
+
+
+def seen_of(answer: Mapping[str, Any]) -> list[Seen]:
+    """The arbiter's answer to `run_times`."""
+    return [
+        Seen(float(p), int(rows), int(runs), float(p50), float(p99))
+        for p, rows, runs, p50, p99 in answer.get("runs", ())
+    ]

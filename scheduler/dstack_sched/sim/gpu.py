@@ -16,13 +16,14 @@ from dstack_sched.policy.latency import LatencySurface
 _P99 = 2.3263  # 99th percentile of the standard normal distribution
 _DRAWS = 4096
 NEVER_US = float(1 << 62)
+HOST_US = 300.0  # of a run, in which the device does not compute
 
 
 @dataclass(frozen=True, slots=True)
 class SpeedModel:
     """The truth of the simulated world. jitter: whether run times vary as p99/p50 of the profile says.
-    sliced: without MPS the driver takes turns between the processes; each of n batches runs at 1/n of its
-    speed alone (on the H100 four models so reach the mean of their solo rates: 848/s at batch 1)."""
+    sliced: without MPS the driver takes turns between the processes. Launch and copies (HOST_US of a run)
+    wait for nobody; of the rest each gets its part (decisions/0126)."""
 
     surfaces: dict[str, LatencySurface]
     interference: Interference
@@ -33,13 +34,16 @@ class SpeedModel:
 class Job:
     """One batch on the GPU."""
 
-    __slots__ = ("coefficient", "end_us", "left_us", "owner", "percent", "rows", "slow", "start_us")
+    __slots__ = (
+        "coefficient", "computing", "end_us", "left_us", "owner", "percent", "rows", "slow", "start_us",
+    )  # fmt: skip
 
     def __init__(self, owner: int, percent: float, rows: int, work_us: float, coefficient: float) -> None:
         self.owner = owner
         self.percent = percent
         self.rows = rows
         self.left_us = work_us
+        self.computing = max(0.0, 1.0 - HOST_US / work_us) if work_us else 0.0  # part of it on the device
         self.coefficient = coefficient  # slowdown caused by co-runners of 100% in all
         self.slow = 1.0
         self.start_us = 0
@@ -116,10 +120,12 @@ class Gpu:
     def _reschedule(self) -> None:
         exponent, promised, at = self._exponent, self.promised, self._touched_us
         first = NEVER_US
+        sliced = self._speeds.sliced
+        turns = sum(job.computing for job in self.jobs) if sliced else 0.0
         for job in self.jobs:
             beside = (promised - job.percent) / 100.0
-            if self._speeds.sliced:
-                job.slow = float(len(self.jobs))
+            if sliced:
+                job.slow = 1.0 + job.computing * (turns - job.computing)
             elif beside > 1e-9:
                 job.slow = 1.0 + job.coefficient * (beside if exponent == 1.0 else beside**exponent)
             else:

@@ -58,7 +58,8 @@ def summarize(world: World, policy: str, seed: int) -> SimResult:
     by_model: dict[str, list[Backend]] = {}
     for backend in world.backends:
         by_model.setdefault(backend.spec.demand.name, []).append(backend)
-    models = {name: _model(backends, duration_s) for name, backends in by_model.items()}
+    answer_us = world.scenario.serving.answer_us
+    models = {name: _model(backends, duration_s, answer_us) for name, backends in by_model.items()}
     weights = {b.spec.demand.name: b.spec.demand.weight for b in world.backends}
     short = [n for n, m in models.items() if m.slo_attainment < 0.99]
     service = [models[n].gpu_share_ms / weights[n] for n in (short if len(short) > 1 else models)]
@@ -82,7 +83,7 @@ def jain(values: Sequence[float]) -> float:
     return float(x.sum()) ** 2 / square if square > 0 else 1.0
 
 
-def _model(backends: Sequence[Backend], duration_s: float) -> ModelResult:
+def _model(backends: Sequence[Backend], duration_s: float, answer_us: int) -> ModelResult:
     offered = rejected = late = 0
     latencies: list[NDArray[np.int64]] = []
     sizes: list[int] = []
@@ -91,9 +92,10 @@ def _model(backends: Sequence[Backend], duration_s: float) -> ModelResult:
         arrivals = np.asarray(backend.arrivals, np.int64)
         done = np.array([b for b in backend.batches if b[2]], np.int64).reshape(-1, 3)
         rows = done[:, 1]
-        first = np.repeat(done[:, 0] - np.concatenate([[0], np.cumsum(rows)[:-1]]), rows)
-        served = arrivals[first + np.arange(first.size)]
-        waited = np.repeat(done[:, 2], rows) - served
+        before = np.repeat(np.concatenate([[0], np.cumsum(rows)[:-1]]), rows)  # rows of earlier batches
+        place = np.arange(before.size) - before  # of a row in its batch
+        first = np.repeat(done[:, 0], rows)
+        waited = np.repeat(done[:, 2], rows) + answer_us * (1 + place) - arrivals[first + place]
         offered += arrivals.size
         rejected += backend.rejected + backend.failed
         slo_us = backend.spec.slo_us or (1 << 60)

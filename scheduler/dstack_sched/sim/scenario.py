@@ -45,10 +45,12 @@ class Serving:
     """What serving a request costs beside its run, in us. outside_us: from the client into the instance's
     queue and from the end of the run back to the client; latency only. prepare_us: from the decision to run
     until the device starts (gather, copy in, hand over); it keeps the instance busy, not the GPU, and
-    overlaps the batch before where one runs."""
+    overlaps the batch before where one runs. answer_us: of each row; the rows of a batch are answered one
+    after the other, beside what runs next."""
 
     outside_us: int = 0
     prepare_us: int = 0
+    answer_us: int = 0
 
 
 NO_SERVING = Serving()
