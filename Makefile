@@ -86,6 +86,10 @@ perf-engine: setup ## time of a decision and of a grant's round trip -> perf/rep
 perf-simulation: setup ## every policy in every simulated cell -> perf/reports/simulation.json and .md
 	$(BIN)/python perf/simulation.py
 
+.PHONY: perf-service-world
+perf-service-world: setup ## what learning from service is worth, simulated -> perf/reports/service_world.json and .md
+	$(PYTHON) perf/service_world.py
+
 .PHONY: perf-forecast
 perf-forecast: setup ## forecasts replayed on a recorded trace: lost against provided -> perf/reports/forecast.json
 	$(BIN)/python perf/forecast.py

@@ -85,7 +85,7 @@ def _renamed(point: CorunPoint, name: str, copy: str) -> CorunPoint:
 
 def workload_of(profiles: ProfileSet, cell: Cell, on_late: OnLate) -> Workload:
     """The cell's demands at 100/s a model; scaled later."""
-    serving_ms = (TRITON_H100.outside_us + TRITON_H100.prepare_us) / 1000
+    serving_ms = (TRITON_H100.outside_us + TRITON_H100.prepare_us + TRITON_H100.answer_us) / 1000
     solo_ms = {
         name: serving_ms + float(LatencySurface.from_profile(profiles.models[name]).latency_ms(100.0, 1))
         for name in cell.models

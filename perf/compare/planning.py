@@ -30,17 +30,15 @@ from dstack_sched.engine.registry import POLICIES
 from dstack_sched.engine.run_times import Seen
 from dstack_sched.errors import DstackError
 from dstack_sched.policy.latency import LatencySurface
-from dstack_sched.sim.scenario import Delays, Serving
+from dstack_sched.sim.scenario import TRITON_H100, Delays
 from dstack_sched.sim.study import Case, bounds_of, find_peak, make_case
 
 SIM_SECONDS = 4.0
 SIM_SEEDS = (1, 2)
 GUESS_SECONDS = 1.5
 SERVING_MS = 1.3  # what Triton and client add to a lone run (perf/reports/h100/dataplane.md): until measured
-# From the stage times in perf/reports/h100/second, and what is left from its peaks (decision 0126):
-PREPARE_MS = 0.5  # of that, what keeps the instance busy before its device starts
-ANSWER_MS = 0.35  # of that, what each row of a batch takes to be answered, one after the other
-JITTER_MS = 1.0  # what Triton, Python and client add in one of a hundred requests, beyond the usual
+PREPARE_MS, ANSWER_MS = TRITON_H100.prepare_us / 1000, TRITON_H100.answer_us / 1000
+JITTER_MS = 1.0  # what Triton, Python and client add in one of a hundred requests beyond the usual (0126)
 DELAYS = Delays(250, 250)  # of the arbiter's messages on a busy host of sixteen virtual cores
 PLAN_STEP = 1.25  # plans are made for rates this far apart; a trial gets that of the rate next above its own
 PLAN_RANGE = (0.6, 1.9)  # of the guess
@@ -167,7 +165,7 @@ def _be_nice() -> None:
 def work_out(wanted: Sum) -> Any:
     """The result of a sum; None where a peak or a bound cannot be had."""
     profiles = corrected_set(_read(wanted.profiles), dict(wanted.learned))
-    case = functools.partial(_case, profiles, wanted.cell, wanted.solo)
+    case = functools.partial(case_of, profiles, wanted.cell, wanted.solo)
     if wanted.what == "static":
         shares = case().shares
         return {
@@ -181,7 +179,7 @@ def work_out(wanted: Sum) -> Any:
     if wanted.what == "plan":
         assert alternative is not None
         began = time.monotonic()
-        return _plan(profiles, wanted, alternative.told_by_name), time.monotonic() - began
+        return plan_of(profiles, wanted, alternative.told_by_name), time.monotonic() - began
     try:
         if wanted.what == "bounds":
             found, total = bounds_of(case()), case().total_rate_per_s
@@ -235,7 +233,7 @@ def _workload(profiles: ProfileSet, cell: Cell, solo: Solo, rate_per_s: float) -
     return inside(profiles, solo, cell.workload(by_model, rate_per_s, OnLate.SERVE))
 
 
-def _case(
+def case_of(
     profiles: ProfileSet, cell: Cell, solo: Solo, *, levels: tuple[float, ...] = (), plan: Plan | None = None
 ) -> Case:
     """The simulator's case at a total rate of 1000/s. The SLOs are those inside, less the jitter that
@@ -246,12 +244,12 @@ def _case(
     case = make_case(
         profiles_of(profiles, cell), replace(workload, models=quick), levels=levels, plan=plan,
         arrivals=trace() if cell.arrivals == "trace" else None,
-        serving=Serving(0, round(PREPARE_MS * 1e3), round(ANSWER_MS * 1e3)),
+        serving=replace(TRITON_H100, outside_us=0),
     )  # fmt: skip
     return replace(case, delays=DELAYS)
 
 
-def _plan(profiles: ProfileSet, wanted: Sum, told: Mapping[str, float]) -> Plan:
+def plan_of(profiles: ProfileSet, wanted: Sum, told: Mapping[str, float]) -> Plan:
     """As `dstackctl run` makes it: most headroom, with the reserve of its load factor; scaled down where it
     does not fit."""
     cell = wanted.cell
@@ -268,7 +266,7 @@ def _plan_at_half(profiles: ProfileSet, wanted: Sum, told: Mapping[str, float]) 
     """The plan at about half of what the bound says."""
     ideal = work_out(replace(wanted, what="bounds", alternative=None, learned=()))
     at_half = replace(wanted, rate_per_s=PLAN_STEP ** rung(ideal[0] / 2 if ideal else 1000.0))
-    return _plan(profiles, at_half, told)
+    return plan_of(profiles, at_half, told)
 
 
 def _peak(profiles: ProfileSet, wanted: Sum, alternative: Alternative) -> float | None:
@@ -284,7 +282,7 @@ def _peak(profiles: ProfileSet, wanted: Sum, alternative: Alternative) -> float 
     if alternative.policy == "dstack":
         levels = _levels(alternative.config["levels"])
         plan = _plan_at_half(profiles, wanted, alternative.told_by_name)
-    case = _case(profiles, cell, solo, levels=levels, plan=plan if plan and plan.models else None)
+    case = case_of(profiles, cell, solo, levels=levels, plan=plan if plan and plan.models else None)
     if alternative.rate_limiter:
         case = replace(case, capacity_percent=100.0)
     found = find_peak(case, name, wanted.seconds, SIM_SEEDS, tolerance=0.03)

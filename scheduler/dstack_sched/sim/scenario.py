@@ -54,7 +54,8 @@ class Serving:
 
 
 NO_SERVING = Serving()
-TRITON_H100 = Serving(outside_us=1000, prepare_us=250)  # of 1.0 to 1.7 ms measured (h100/dataplane.md)
+# Of 1.0 to 1.7 ms measured for a lone request (perf/reports/h100/dataplane.md); its parts: decisions/0126.
+TRITON_H100 = Serving(outside_us=400, prepare_us=500, answer_us=350)
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,6 +37,7 @@ _PEAK_STEPS = 40
 class Case:
     """What is asked: models at given rates on one GPU of the profiled kind. levels: shares that backends take
     from batch to batch; empty: fixed shares. shares: the static deployment. capacity_percent: of the engine.
+    believed: what the engine is told of the speeds, where that is not the truth (profiles that have drifted).
     """
 
     speeds: SpeedModel
@@ -49,6 +50,7 @@ class Case:
     delays: Delays = field(default_factory=Delays)
     faults: tuple[Fault, ...] = ()
     serving: Serving = field(default_factory=Serving)
+    believed: SpeedModel | None = None
 
     def scaled(self, factor: float) -> Case:
         """The same with all rates times factor."""
@@ -137,7 +139,8 @@ def scenario_of(case: Case, policy_name: str, duration_us: int) -> Scenario:
 
 
 def _engine_model(case: Case, demand: ModelDemand, gpu_percent: float) -> EngineModel:
-    surface, interference = case.speeds.surfaces[demand.name], case.speeds.interference
+    told = case.believed or case.speeds
+    surface, interference = told.surfaces[demand.name], told.interference
     percents = tuple(sorted({*surface.percents, 100.0, gpu_percent}))
     batches = tuple(sorted({*surface.batches, 1}))
     return EngineModel(
