@@ -88,7 +88,7 @@ perf-simulation: setup ## every policy in every simulated cell -> perf/reports/s
 
 .PHONY: perf-service-world
 perf-service-world: setup ## what learning from service is worth, simulated -> perf/reports/service_world.json and .md
-	$(PYTHON) perf/service_world.py
+	$(BIN)/python perf/service_world.py
 
 .PHONY: perf-forecast
 perf-forecast: setup ## forecasts replayed on a recorded trace: lost against provided -> perf/reports/forecast.json
