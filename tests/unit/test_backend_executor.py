@@ -270,39 +270,6 @@ def test_shed_is_heeded(rig: Rig) -> None:
     assert executor.state()[0] == 1
 
 
-class SlowlyAnswered(FakeRequest):
-    """Its answer takes 20 ms to leave."""
-
-    def answer(self, outputs) -> None:
-        time.sleep(0.02)
-        super().answer(outputs)
-
-
-def test_a_run_is_to_end_before_the_deadline_by_the_time_that_answers_take(rig: Rig) -> None:
-    """What the arbiter is told, and what it then orders, are without that time; no more than a quarter of the
-    objective is kept for it."""
-    executor = rig.start(slo_us=1_000_000)
-    answered = [SlowlyAnswered(1), SlowlyAnswered(2)]
-    executor.submit(answered)
-    rig.gate.grant(2)
-    assert doubled(*answered)
-    waiting = FakeRequest(3)
-    executor.submit([waiting])
-    deadline_us = rig.now_us + 1_000_000
-    until = time.monotonic() + PATIENCE_S
-    while executor.state()[1] == deadline_us and time.monotonic() < until:  # its batch is not booked yet
-        time.sleep(0.001)
-    told_us = executor.state()[1]
-    assert 1_000 < deadline_us - told_us <= 250_000
-    executor.on_shed(told_us)
-    assert executor.state()[0] == 1
-    executor.on_plan(4, 2_000, False)  # an objective of 2 ms: half a millisecond at most
-    assert deadline_us - executor.state()[1] == 500
-    executor.on_plan(4, 1_000_000, False)
-    executor.on_shed(told_us + 1)
-    assert executor.state() == (0, 0) and isinstance(waiting.wait().error, RejectedError)
-
-
 def test_a_void_permit_gives_the_batch_back(rig: Rig) -> None:
     """A lease that ran out, or an ungated run after the arbiter came back."""
     executor = rig.start()

@@ -13,7 +13,6 @@ from dstack_backend.pipeline import Job
 from dstack_backend.stats import Stats
 
 CANCEL_CHECK_AFTER_US = 5_000  # asking Triton costs a round trip; a request this young is rarely cancelled
-ANSWER_GAIN = 0.1  # one batch's weight in the time that answering takes
 
 log = logging.getLogger("dstack")
 
@@ -29,7 +28,6 @@ class Answers:
         self._settled = threading.Condition(self._lock)
         self.unanswered = 0  # accepted, and no answer is on its way yet
         self.idle_since_us = 0  # when the last one was about to be answered
-        self.answer_us = 0.0  # from the end of a batch to its last answer, moving average
         self._in_flight = 0  # accepted, and the answer has not left
 
     def expect(self, items: Sequence[Item]) -> None:
@@ -119,7 +117,6 @@ class Answers:
         assert job.batch is not None
         job.stage_us["respond"] = (time.perf_counter_ns() - job.ended_ns) // 1000
         with self._lock:
-            self.answer_us += ANSWER_GAIN * (job.stage_us["respond"] - self.answer_us)
             self.stats.batch_done(job.batch.rows, job.stage_us)
 
     def wait_for(self, items: Sequence[Item]) -> None:

@@ -30,7 +30,6 @@ HEELS_US = 100
 LOOK_EVERY = 16
 SHORT_RUN_US = 300  # a run this short gains nothing from overlapping
 LONG_RUN_US = 5_000  # during a run this long, Triton's thread had better take more requests in
-MOST_ANSWERING = 4  # no more than this part (1/4) of an objective is kept for answering
 REFUSE_S = 0.02  # without a device: how long Triton's thread rests after each refusal, for the end to come
 
 
@@ -201,21 +200,13 @@ class Executor(Workshop):
     # The gate's callbacks
 
     def state(self) -> tuple[int, int]:
-        """See Listener.state. The deadline is when the run must end for the answers to be in time."""
         with self._lock:
             deadline_us = self._queue.earliest_deadline_us()
             ahead = self._batch_ahead()
             if ahead is not None:
                 first_us = ahead.earliest_deadline_us
                 deadline_us = min(deadline_us or first_us, first_us)
-            if deadline_us:
-                deadline_us = max(1, deadline_us - self._answer_us())
             return self._waiting_rows(), deadline_us
-
-    def _answer_us(self) -> int:
-        """How long before its deadline a run must end: its answers go out one after the other."""
-        usual_us = int(self._answers.answer_us)
-        return min(usual_us, self.slo_us // MOST_ANSWERING) if self.slo_us else usual_us
 
     def on_grant(self, permit: Permit) -> None:
         with self._lock:
@@ -226,7 +217,6 @@ class Executor(Workshop):
             (self._helpers_wake if self._launched else self._device_wakes).notify()
 
     def on_shed(self, deadline_before_us: int) -> None:
-        deadline_before_us += self._answer_us()  # what the arbiter knows of deadlines is without that
         with self._lock:
             undone = self._undo_ahead(deadline_before_us)
             items = self._queue.remove_before(deadline_before_us)

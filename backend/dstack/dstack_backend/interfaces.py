@@ -76,7 +76,7 @@ class Listener(Protocol):
         ...
 
     def state(self) -> tuple[int, int]:
-        """Waiting rows, and when the run of the most urgent must have ended (0 when none waits)."""
+        """Waiting rows, and the earliest deadline (0 when none waits)."""
         ...
 
 

@@ -17,9 +17,9 @@ class Backend:
     """
 
     __slots__ = (
-        "answer_us", "arrivals", "batches", "chained", "down", "ended_us", "failed", "grant", "head", "hung",
-        "index", "job", "name", "notify_at", "rejected", "share_percent_us", "slow", "spec", "standing",
-        "tail", "wake_token",
+        "arrivals", "batches", "chained", "down", "ended_us", "failed", "grant", "head", "hung", "index",
+        "job", "name", "notify_at", "rejected", "share_percent_us", "slow", "spec", "standing", "tail",
+        "wake_token",
     )  # fmt: skip
 
     def __init__(self, index: int, spec: SimInstance, arrivals: list[int]) -> None:
@@ -38,7 +38,6 @@ class Backend:
         self.down = self.hung = False
         self.slow = 1.0
         self.rejected = self.failed = 0
-        self.answer_us = 0.0  # of a whole batch, moving average
         self.share_percent_us = 0.0
         self.batches: list[tuple[int, int, int]] = []  # first row, rows, end in us
 
@@ -52,5 +51,4 @@ class Backend:
         return tail - self.head
 
     def deadline_us(self) -> int:
-        """Of the first row that waits, the time to answer a batch taken off."""
-        return self.arrivals[self.head] + (self.spec.slo_us or FOREVER // 4) - int(self.answer_us)
+        return self.arrivals[self.head] + (self.spec.slo_us or FOREVER // 4)

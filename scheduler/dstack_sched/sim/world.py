@@ -243,7 +243,7 @@ class World:
 
     def _shed(self, backend: Backend, before_us: int, now: float) -> None:
         backend.waiting(now)
-        slo = (backend.spec.slo_us or FOREVER // 4) - int(backend.answer_us)
+        slo = backend.spec.slo_us or FOREVER // 4
         first = bisect_left(backend.arrivals, before_us - slo, backend.head, backend.tail)
         count = first - backend.head
         backend.rejected += count
@@ -297,7 +297,6 @@ class World:
         first, rows, _ = backend.batches[-1]
         end = backend.ended_us = ceil(now)
         backend.batches[-1] = (first, rows, end)
-        backend.answer_us += 0.1 * (rows * self.scenario.serving.answer_us - backend.answer_us)
         slo = backend.spec.slo_us or FOREVER // 4
         late = bisect_left(backend.arrivals, end - slo, first, first + rows) - first
         backend.share_percent_us += job.percent * (now - job.start_us)
