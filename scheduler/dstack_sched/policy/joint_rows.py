@@ -202,7 +202,10 @@ def solve_program(
 def _let_highs_greet() -> None:
     """HiGHS 1.16 writes its name to the process's standard output when the first solver is made, before any
     option can be set; there it would precede what `--json` prints."""
-    kept = os.dup(1)
+    try:
+        kept = os.dup(1)
+    except OSError:  # closed
+        return
     nowhere = os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(nowhere, 1)
