@@ -30,7 +30,7 @@ from dstack_sched.adapters.decision_log import FileDecisionLog
 from dstack_sched.adapters.perf_analyzer import input_spec
 from dstack_sched.adapters.repository import DiskRepository
 from dstack_sched.adapters.triton_client import TritonClient
-from dstack_sched.app.planning import PlanOptions
+from dstack_sched.app.planning import CONTROL_OPTIONS
 from dstack_sched.cli.demo import load_all, working_copy
 from dstack_sched.cli.deployment import Deployment
 from dstack_sched.cli.host import Host, HostOptions, open_host
@@ -142,9 +142,7 @@ def profile_once(deployment: Deployment, script: Script, profiles: Path) -> None
         shutil.copytree(profiles / "profiles", deployment.state / "profiles")
         return
     wanted = script.workload(script.mean_rates())
-    LiveSteps(deployment, lambda: wanted, PROFILING, PlanOptions(maximize_headroom=True)).profile(
-        m.name for m in script.models
-    )
+    LiveSteps(deployment, lambda: wanted, PROFILING, CONTROL_OPTIONS).profile(m.name for m in script.models)
     shutil.copytree(deployment.state / "profiles", profiles / "profiles")
 
 

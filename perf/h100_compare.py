@@ -25,19 +25,18 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 from compare.alternatives import ALTERNATIVES, Alternative
 from compare.cell_run import CellRun
-from compare.cells import CELLS, Cell, file_of, trace
+from compare.cells import CELLS, Cell, file_of, names_to, trace
 from compare.deployment import Site, stop_quietly
 from compare.gpu_watch import Nvml
-from compare.planning import SIM_SECONDS, Planner
+from compare.planning import LEARN_ROUNDS, SIM_SECONDS, Planner
 from compare.report import peaks_table
 from compare.report import write as write_readme
 from compare.study import Study
@@ -182,18 +181,6 @@ def export(study: Study) -> None:
     study.say(f"exported {len(missing)} models")
 
 
-def names_to(table: Callable[[str], Any]) -> Callable[[str], list[Any]]:
-    """An argparse type: a list by comma."""
-
-    def parse(text: str) -> list[Any]:
-        try:
-            return [table(part) for part in text.split(",") if part]
-        except InputError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-
-    return parse
-
-
 def pair(text: str) -> tuple[str, str]:
     """KEY=VALUE of a backend parameter. Errors: InputError."""
     key, separator, value = text.partition("=")
@@ -222,7 +209,9 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--curve", action="store_true", help="also goodput at fixed shares of the peak")
     parser.add_argument("--static-search-s", type=float, default=45.0, help="for best-static, a cell and run")
-    parser.add_argument("--learn-rounds", type=int, default=2, help="of dstack, before its first peak")
+    parser.add_argument(
+        "--learn-rounds", type=int, default=LEARN_ROUNDS, help="of dstack, before its first peak"
+    )
     parser.add_argument("--again", action="store_true", help="measure what is known already, too")
     parser.add_argument("--predict", action="store_true", help="only the simulator's side of compare.json")
     parser.add_argument("--parameters", type=names_to(pair), default=[], help="KEY=VALUE for every config")

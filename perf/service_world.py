@@ -30,27 +30,14 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 import numpy as np
 from scipy.optimize import nnls
 
-from compare.cells import Cell, network_of
-from compare.planning import (
-    LEARNING,
-    PLAN_STEP,
-    Sum,
-    case_of,
-    plan_of,
-    profiles_of,
-    rung,
-    work_out,
-)
+from compare.cells import Cell, names_to, network_of
+from compare.planning import LEARN_LOAD, LEARN_ROUNDS, Sum, case_of, learn, plan_at_half
 from compare.report import table
 from dstack_sched.adapters.profile_files import read_profiles
-from dstack_sched.app.drift import corrected, corrected_set, look, start
-from dstack_sched.domain.plan import Plan
+from dstack_sched.app.drift import corrected, corrected_set
 from dstack_sched.domain.profile import Correction, ProfileSet
-from dstack_sched.errors import InputError
 from dstack_sched.policy.interference import Interference, fit_interference
 from dstack_sched.policy.latency import LatencySurface
-from dstack_sched.sim.gpu import SpeedModel
-from dstack_sched.sim.side_by_side import Shares
 from dstack_sched.sim.study import Case, find_peak, simulate
 from report import REPORTS, ROOT, write_report
 
@@ -58,7 +45,7 @@ UNGATED = {"mps-static": "mps-static", "mps-default": "mps-default", "rate-limit
 CELLS = "C-4:5,C-7:5,C-2:5,C-3:5,C-4:3,C-7:3,C-2:3,C-3:3,C-4:12,C-7:12"
 FIT_ROUNDS, FIT_SECONDS, STEP = 5, 2.0, 0.7  # STEP: of the way to the new solution, each round
 PRIOR = 0.3  # pull of each factor towards 1: decides only what the trials leave open
-LEARN_ROUNDS, LEARN_LOAD, LEARN_SECONDS = 2, 0.7, 4.0
+LEARN_SECONDS = 4.0
 PEAK_SECONDS, SEEDS = 4.0, (1, 2, 3)
 SAMPLE_US = 200.0
 
@@ -142,9 +129,8 @@ def fit_world(trials: Sequence[Trial], profiles: ProfileSet) -> World:
         rows: dict[str, list[tuple[float, float, float]]] = {}
         errors = []
         for trial in trials:
-            for model, (alone_ms, beside, run_ms) in observed(
-                trial, World(factor, slowdown), profiles
-            ).items():
+            seen_now = observed(trial, World(factor, slowdown), profiles)
+            for model, (alone_ms, beside, run_ms) in seen_now.items():
                 rows.setdefault(network_of(model), []).append((alone_ms, beside, trial.run_ms[model]))
                 errors.append(math.log(run_ms / trial.run_ms[model]))
         for network, seen in rows.items():
@@ -201,40 +187,25 @@ def study(asked: tuple[Cell, Path, Any, World]) -> dict[str, Any]:
     cell, path, solo, world = asked
     profiles = read_profiles(path)
     case = in_world(case_of(profiles, cell, solo), world, profiles)
-    whole = max(case.capacity_percent, sum(case.shares.gpu_percent.values()))
-    rivals = {policy: peak(replace(case, capacity_percent=whole), policy) for policy in ("mps-static",)}
-    bounds = work_out(Sum("bounds", path, cell, solo))
-    rate_per_s = PLAN_STEP ** rung(bounds[0] / 2 if bounds else 1000.0)
+    static_per_s = peak(case, "mps-static")
     learned: dict[str, Correction] = {}
     rounds = []
     for _ in range(LEARN_ROUNDS + 1):
         known = corrected_set(profiles, learned)
-        plan = plan_of(known, Sum("own", path, cell, solo, rate_per_s=rate_per_s), {})
+        plan = plan_at_half(known, Sum("own", path, cell, solo), {})
         if not plan.models:
             break
-        deployed = deploy(case, plan, profiles_of(known, cell))
+        planned = case_of(known, cell, solo, plan=plan)  # what the plan's maker believes
+        deployed = replace(
+            case, shares=planned.shares, capacity_percent=planned.capacity_percent, believed=planned.speeds
+        )
         found = peak(deployed, "dstack")
         shares = {model: row.gpu_percent for model, row in plan.models.items()}
         rounds.append({"peak_per_s": found, "gpu_percent": shares})
         for network, seen in runs_of(deployed, LEARN_LOAD * max(found, 100.0)).items():
-            profile = profiles.models[network]
-            refit = look(start(profile, learned.get(network)), profile, seen, LEARNING).refit
+            refit = learn(profiles.models[network], learned.get(network), seen)
             learned |= {network: refit} if refit is not None else {}
-    return {"cell": cell.key, **{f"{name}_per_s": value for name, value in rivals.items()}, "dstack": rounds}
-
-
-def deploy(case: Case, plan: Plan, known: ProfileSet) -> Case:
-    """The plan in force, and an engine that believes the profiles it was made with."""
-    rows = plan.models
-    surfaces = {model: LatencySurface.from_profile(known.models[model]) for model in rows}
-    shares = Shares(
-        {model: row.gpu_percent for model, row in rows.items()},
-        {model: row.batch_size for model, row in rows.items()},
-        plan.headroom,
-    )
-    capacity = max(plan.capacity_percent, sum(shares.gpu_percent.values()))
-    believed = SpeedModel(surfaces, fit_interference(surfaces, known.corun))
-    return replace(case, shares=shares, capacity_percent=capacity, believed=believed)
+    return {"cell": cell.key, "mps-static_per_s": static_per_s, "dstack": rounds}
 
 
 def runs_of(case: Case, rate_per_s: float) -> dict[str, Any]:
@@ -274,23 +245,13 @@ def markdown(content: Mapping[str, Any]) -> list[str]:
     ]  # fmt: skip
 
 
-def cells_of(text: str) -> list[Cell]:
-    """An argparse type. Errors: ArgumentTypeError."""
-    try:
-        return [Cell.parse(part) for part in text.split(",")]
-    except InputError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--report", type=Path, default=REPORTS / "h100" / "second" / "compare.json")
     parser.add_argument("--profiles", type=Path, default=REPORTS / "h100" / "profiles.json")
-    parser.add_argument(
-        "--cells", type=lambda text: [Cell.parse(x) for x in text.split(",")], default=CELLS, help="by comma"
-    )
+    parser.add_argument("--cells", type=names_to(Cell.parse), default=CELLS, help="by comma")
     parser.add_argument("--workers", type=int, default=max(1, len(os.sched_getaffinity(0))))
     parser.add_argument("--out", type=Path, default=REPORTS)
     return parser.parse_args()

@@ -15,7 +15,7 @@ from compare.cells import Cell, network_of
 from compare.deployment import Deployment, Site
 from compare.fleet import Fleet
 from compare.peak import Trial, find_peak
-from compare.planning import Learned, Solo
+from compare.planning import LEARN_LOAD, Learned, Solo
 from compare.static_search import StaticSearch
 from compare.study import ATTAINMENT, SEED, Study, best_trial, point, search_figures, worst_miss
 from compare.traces import LostLoadError
@@ -26,7 +26,6 @@ from dstack_sched.errors import MachineError, ServerError
 from report import commit, now
 
 CURVE_LOADS = (0.5, 0.8, 1.2, 1.5)  # of the alternative's own peak; the peak itself is measured anyway
-LEARN_LOAD = 0.7  # of the peak that is expected
 AGAIN_STEP = 1.1  # of a repeat, whose peak is about known
 TAIL_S = 0.3  # perf_analyzers start late, so they end late: little load is needed behind the window
 OVERHEAD_S = 1.5  # of a trial: perf_analyzer's start and end, reading its export

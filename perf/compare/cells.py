@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -138,6 +140,18 @@ def file_of(model: str) -> str:
     clears the server's table of regions when it ends.)"""
     network = network_of(model)
     return f"{network}_cls" if network == "bert_base" else f"{network}_u8"
+
+
+def names_to(table: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    """An argparse type: a list by comma."""
+
+    def parse(text: str) -> list[Any]:
+        try:
+            return [table(part) for part in text.split(",") if part]
+        except InputError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return parse
 
 
 # Headline cells first: a run that is cut short has these.

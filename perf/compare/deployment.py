@@ -94,7 +94,7 @@ class Deployment:
             self.host.start()
             self._metrics = TritonMetrics(self.host.triton.metrics_url)
             self._load_all(sorted(set(self._names.values())))
-            self._settle()
+            self._wait_prepared()
             self.server = TritonClient(self.host.triton.grpc_url)
             self._load = self._load_generator(self.server)
         except BaseException:
@@ -129,7 +129,7 @@ class Deployment:
                 except ServerError as error:
                     raise ServerError(f"{self.alternative.name}: {model}: {error}") from error
 
-    def _settle(self) -> None:
+    def _wait_prepared(self) -> None:
         """Wait until no instance makes programs any more: that takes cores and GPU from who is measured."""
         until = time.monotonic() + SETTLED_LIMIT_S
         metrics = self._metrics
@@ -158,7 +158,7 @@ class Deployment:
 
     def settle(self) -> None:
         """Wait until nothing is prepared any more and, where the arbiter runs, all instances have joined."""
-        self._settle()
+        self._wait_prepared()
         if self.arbiter_runs:
             self._wait_joined()
 

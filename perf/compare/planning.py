@@ -21,10 +21,10 @@ from compare.alternatives import Alternative, Served
 from compare.cells import Cell, network_of, trace
 from dstack_sched.adapters.profile_files import read_profiles
 from dstack_sched.app.drift import DriftSettings, corrected_set, look, start
-from dstack_sched.app.planning import PlanOptions, make_plan
+from dstack_sched.app.planning import CONTROL_OPTIONS, make_plan
 from dstack_sched.app.replan import ReplanSettings, with_reserve
 from dstack_sched.domain.plan import Plan
-from dstack_sched.domain.profile import Correction, CorunPoint, ProfileSet
+from dstack_sched.domain.profile import Correction, CorunPoint, ModelProfile, ProfileSet
 from dstack_sched.domain.workload import OnLate, Workload
 from dstack_sched.engine.registry import POLICIES
 from dstack_sched.engine.run_times import Seen
@@ -43,6 +43,7 @@ DELAYS = Delays(250, 250)  # of the arbiter's messages on a busy host of sixteen
 PLAN_STEP = 1.25  # plans are made for rates this far apart; a trial gets that of the rate next above its own
 PLAN_RANGE = (0.6, 1.9)  # of the guess
 LEARNING = DriftSettings(band=0.05, looks=1)
+LEARN_ROUNDS, LEARN_LOAD = 2, 0.7  # the load: of the peak that is known or expected
 LEVELS_PERCENT = {"off": (), "auto": (25.0, 50.0, 100.0)}
 SIMULATED = {
     "dstack": "dstack", "temporal": "temporal", "mps-default": "mps-default", "mps-static": "mps-static",
@@ -143,10 +144,13 @@ class Planner:
         return profiles_of(corrected_set(self._profiles, dict(learned)), cell)
 
     def learn(self, network: str, known: Correction | None, seen: Sequence[Seen]) -> Correction | None:
-        """What runs in service say of a network's profile, as the controller takes it (app/drift.py), but at
-        one look; None where they say nothing new."""
-        profile = self._profiles.models[network]
-        return look(start(profile, known), profile, seen, LEARNING).refit
+        return learn(self._profiles.models[network], known, seen)
+
+
+def learn(profile: ModelProfile, known: Correction | None, seen: Sequence[Seen]) -> Correction | None:
+    """What runs in service say of a profile, as the controller takes it (app/drift.py), but at one look; None
+    where they say nothing new."""
+    return look(start(profile, known), profile, seen, LEARNING).refit
 
 
 def rung(rate_per_s: float) -> int:
@@ -173,13 +177,13 @@ def work_out(wanted: Sum) -> Any:
             for model in wanted.cell.models
         }
     if wanted.what == "own":
-        rows = _plan_at_half(profiles, wanted, {}).models
+        rows = plan_at_half(profiles, wanted, {}).models
         return {model: Served(row.gpu_percent, max(1, row.batch_size)) for model, row in rows.items()}
     alternative = wanted.alternative
     if wanted.what == "plan":
         assert alternative is not None
         began = time.monotonic()
-        return plan_of(profiles, wanted, alternative.told_by_name), time.monotonic() - began
+        return _plan(profiles, wanted, alternative.told_by_name), time.monotonic() - began
     try:
         if wanted.what == "bounds":
             found, total = bounds_of(case()), case().total_rate_per_s
@@ -249,24 +253,24 @@ def case_of(
     return replace(case, delays=DELAYS)
 
 
-def plan_of(profiles: ProfileSet, wanted: Sum, told: Mapping[str, float]) -> Plan:
+def _plan(profiles: ProfileSet, wanted: Sum, told: Mapping[str, float]) -> Plan:
     """As `dstackctl run` makes it: most headroom, with the reserve of its load factor; scaled down where it
     does not fit."""
     cell = wanted.cell
     settings = ReplanSettings()
     settings = replace(settings, load_factor=told.get("load_factor", settings.load_factor))
     workload = with_reserve(_workload(profiles, cell, wanted.solo, wanted.rate_per_s), settings)
-    plan = make_plan(profiles_of(profiles, cell), workload, PlanOptions(lenient=True, maximize_headroom=True))
+    plan = make_plan(profiles_of(profiles, cell), workload, replace(CONTROL_OPTIONS, lenient=True))
     if "capacity" in told:
         plan = replace(plan, capacity_percent=told["capacity"])
     return plan
 
 
-def _plan_at_half(profiles: ProfileSet, wanted: Sum, told: Mapping[str, float]) -> Plan:
+def plan_at_half(profiles: ProfileSet, wanted: Sum, told: Mapping[str, float]) -> Plan:
     """The plan at about half of what the bound says."""
     ideal = work_out(replace(wanted, what="bounds", alternative=None, learned=()))
     at_half = replace(wanted, rate_per_s=PLAN_STEP ** rung(ideal[0] / 2 if ideal else 1000.0))
-    return plan_of(profiles, at_half, told)
+    return _plan(profiles, at_half, told)
 
 
 def _peak(profiles: ProfileSet, wanted: Sum, alternative: Alternative) -> float | None:
@@ -281,7 +285,7 @@ def _peak(profiles: ProfileSet, wanted: Sum, alternative: Alternative) -> float 
     levels: tuple[float, ...] = ()
     if alternative.policy == "dstack":
         levels = _levels(alternative.config["levels"])
-        plan = _plan_at_half(profiles, wanted, alternative.told_by_name)
+        plan = plan_at_half(profiles, wanted, alternative.told_by_name)
     case = case_of(profiles, cell, solo, levels=levels, plan=plan if plan and plan.models else None)
     if alternative.rate_limiter:
         case = replace(case, capacity_percent=100.0)

@@ -15,9 +15,8 @@ from dstack_sched.sim.result import jain
 
 CDF_PERCENTS = (0, 1, 2, 5, *range(10, 90, 10), 90, 95, 97, 98, 99, 99.5, 99.9, 100)
 MOST_SPANS = 400  # of one model, in a timeline
-MOST_UNMEASURED = (
-    0.5  # of a model's requests: perf_analyzer forgets all of a stretch that it ends at an error
-)
+# Of a model's requests: perf_analyzer forgets all of a stretch that it ends at an error.
+MOST_UNMEASURED = 0.5
 
 Traces = Mapping[str, Sequence[LoadTrace]]
 

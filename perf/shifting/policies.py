@@ -22,7 +22,7 @@ from dstack_backend.endpoint import SOCKET_VARIABLE
 from dstack_sched.adapters.triton_client import TritonClient
 from dstack_sched.app.control_loop import ControlLoop, Round
 from dstack_sched.app.forecast import Forecast
-from dstack_sched.app.planning import PlanOptions
+from dstack_sched.app.planning import CONTROL_OPTIONS
 from dstack_sched.app.profiling import ProfilingOptions
 from dstack_sched.app.replan import ReplanSettings
 from dstack_sched.app.telemetry import NoMetrics
@@ -40,7 +40,7 @@ STOP_LIMIT_S = 20.0
 
 def planning_loop(deployment: Deployment, wanted: Workload) -> ControlLoop:
     """The control loop of `dstackctl run`, for its first plan."""
-    return live_loop(deployment, lambda: wanted, NoMetrics(), PROFILING, PlanOptions(maximize_headroom=True))
+    return live_loop(deployment, lambda: wanted, NoMetrics(), PROFILING, CONTROL_OPTIONS)
 
 
 @contextlib.contextmanager
@@ -144,7 +144,7 @@ def oracle(host: Host, deployment: Deployment, script: Script) -> Iterator[threa
             lambda: wanted,
             NoMetrics(),
             PROFILING,
-            PlanOptions(maximize_headroom=True),
+            CONTROL_OPTIONS,
             settings=at_once,
             make_watcher=make,
         )

@@ -53,6 +53,7 @@ class PlanOptions:
 
 
 DEFAULT_OPTIONS = PlanOptions()
+CONTROL_OPTIONS = PlanOptions(maximize_headroom=True)  # of the control loop (decisions/0124)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 
 from dstack_sched.app.plan_case import (
+    CONTROL_OPTIONS,
     DEFAULT_OPTIONS,
     Case,
     Objective,
@@ -35,7 +36,7 @@ from dstack_sched.policy.joint_rows import slots_in_force
 from dstack_sched.policy.knee import knee_percent
 from dstack_sched.policy.runnable import CPU_DRIVER, RunnableGrid
 
-__all__ = ["Objective", "PlanOptions", "better_on_cores", "explain_plan", "make_plan"]
+__all__ = ["CONTROL_OPTIONS", "Objective", "PlanOptions", "better_on_cores", "explain_plan", "make_plan"]
 
 BETTER_ON_CORES = 1.1  # headroom over that of one instance a model: instances cost memory and a start
 

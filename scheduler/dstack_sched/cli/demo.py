@@ -17,7 +17,7 @@ from dstack_sched.adapters.repository import DiskRepository
 from dstack_sched.adapters.triton_client import TritonClient
 from dstack_sched.app.bench import BenchOptions
 from dstack_sched.app.control_loop import Round
-from dstack_sched.app.planning import PlanOptions
+from dstack_sched.app.planning import CONTROL_OPTIONS
 from dstack_sched.app.profiling import ProfilingOptions
 from dstack_sched.app.telemetry import NoMetrics
 from dstack_sched.cli import app
@@ -91,7 +91,7 @@ def demo(
                     lambda: wanted,
                     NoMetrics(),
                     ProfilingOptions(target_error=target_error, time_budget_s=time_budget_s),
-                    PlanOptions(maximize_headroom=True),
+                    CONTROL_OPTIONS,
                 )
                 done = loop.once("demo")
                 show(done, json_output=False)

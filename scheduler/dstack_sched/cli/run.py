@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -22,7 +22,7 @@ from dstack_sched.adapters.triton_metrics import TritonMetrics
 from dstack_sched.app.control_loop import ControlLoop, Round
 from dstack_sched.app.forecast import ForecastSettings
 from dstack_sched.app.host_view import HostView
-from dstack_sched.app.planning import PlanOptions
+from dstack_sched.app.planning import CONTROL_OPTIONS, PlanOptions
 from dstack_sched.app.profiling import ProfilingOptions
 from dstack_sched.app.replan import ReplanSettings
 from dstack_sched.app.telemetry import ControllerTelemetry, NoBoard, gpu_samples
@@ -149,7 +149,7 @@ def run(
             wanted.read,
             prometheus,
             ProfilingOptions(target_error=target_error, time_budget_s=time_budget_s),
-            PlanOptions(gpus=gpus or 1, maximize_headroom=True, memory_limits=memory_limits),
+            replace(CONTROL_OPTIONS, gpus=gpus or 1, memory_limits=memory_limits),
             host=host,
             settings=ReplanSettings(cooldown_s=cooldown_s, horizon_s=horizon_s),
             forecasting=ForecastSettings(window_s=window_s),
