@@ -31,7 +31,7 @@ import numpy as np
 from scipy.optimize import nnls
 
 from compare.cells import Cell, names_to, network_of
-from compare.planning import LEARN_LOAD, LEARN_ROUNDS, Sum, case_of, learn, plan_at_half
+from compare.planning import LEARN_LOAD, LEARN_ROUNDS, Sum, case_of, learn, plan_at_half, shares_of
 from compare.report import table
 from dstack_sched.adapters.profile_files import read_profiles
 from dstack_sched.app.drift import corrected, corrected_set
@@ -189,21 +189,22 @@ def study(asked: tuple[Cell, Path, Any, World]) -> dict[str, Any]:
     case = in_world(case_of(profiles, cell, solo), world, profiles)
     static_per_s = peak(case, "mps-static")
     learned: dict[str, Correction] = {}
-    rounds = []
+    rounds: list[dict[str, Any]] = []
+    in_force: tuple[tuple[str, float], ...] = ()
     for _ in range(LEARN_ROUNDS + 1):
         known = corrected_set(profiles, learned)
-        plan = plan_at_half(known, Sum("own", path, cell, solo), {})
+        plan = plan_at_half(known, Sum("plan", path, cell, solo, in_force=in_force))
         if not plan.models:
             break
+        in_force = shares_of(plan)
         planned = case_of(known, cell, solo, plan=plan)  # what the plan's maker believes
         deployed = replace(
             case, shares=planned.shares, capacity_percent=planned.capacity_percent, believed=planned.speeds
         )
         found = peak(deployed, "dstack")
-        shares = {model: row.gpu_percent for model, row in plan.models.items()}
-        rounds.append({"peak_per_s": found, "gpu_percent": shares})
+        rounds.append({"peak_per_s": found, "gpu_percent": dict(in_force)})
         for network, seen in runs_of(deployed, LEARN_LOAD * max(found, 100.0)).items():
-            refit = learn(profiles.models[network], learned.get(network), seen)
+            refit = learn(profiles, network, learned.get(network), seen)
             learned |= {network: refit} if refit is not None else {}
     return {"cell": cell.key, "mps-static_per_s": static_per_s, "dstack": rounds}
 

@@ -8,9 +8,10 @@ every policy pays) x arrivals (steady Poisson, bursty gamma with CV 3, the Azure
 0.7, 1.0 and 1.5 times the best peak of any policy. Peaks: largest total rate at which every model keeps 99%
 of its requests within the SLO, steady arrivals, the mean of three seeds; late requests are served, as there
 (its clients end at a rejection). Elsewhere late ones are rejected where the policy can tell (D-STACK, Nexus).
-"dstack-levels", the users' default, chooses the share of each batch (green contexts), "dstack" runs at fixed
-MPS shares, the same as mps-static and the other planned policies; "best-static" is mps-static with the best
-of those shares times each of STATIC_SCALES. Only D-STACK pays control-plane delays. One process with many
+"dstack" runs at fixed MPS shares found by rehearsal (sim/rehearsal.py), as `dstackctl run` deploys it on a
+GPU; "dstack-levels" chooses the share of each batch (green contexts) around the shares that mps-static and
+the other planned policies have; "best-static" is mps-static with the best of those shares times each of
+STATIC_SCALES. Only D-STACK pays control-plane delays. One process with many
 streams (issue 7's g) is mps-default here: what its threads cost each other is not modelled.
 """
 
@@ -22,20 +23,23 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from compare.cells import Cell, network_of
 from dstack_sched.adapters.profile_files import read_profiles
+from dstack_sched.app.planning import REHEARSAL_TRIALS
 from dstack_sched.domain.profile import CorunMember, CorunPoint, ProfileSet
 from dstack_sched.domain.workload import OnLate, Workload
 from dstack_sched.policy.latency import LatencySurface
 from dstack_sched.sim.arrivals import Arrivals, parse_trace
+from dstack_sched.sim.rehearsal import rehearse
 from dstack_sched.sim.result import SimResult
 from dstack_sched.sim.scenario import TRITON_H100
+from dstack_sched.sim.side_by_side import Shares
 from dstack_sched.sim.study import Case, bounds_of, find_peak, make_case, result_of
 from report import REPORTS, ROOT, write_report
 
@@ -109,6 +113,25 @@ def case_of(size: int, slo_factor: float, entry: str, on_late: OnLate) -> Case:
     return make_case(profiles, workload_of(profiles, cell, on_late), levels=levels, serving=TRITON_H100)
 
 
+@dataclass(frozen=True, slots=True)
+class Deployed:
+    """What the rehearsal of a mix found."""
+
+    shares: Shares
+    capacity_percent: float
+
+    def on(self, case: Case) -> Case:
+        return replace(case, shares=self.shares, capacity_percent=self.capacity_percent)
+
+
+def rehearsed(case: Case) -> Deployed:
+    """Begun with the shares of mps-static, at the rates of the case."""
+    grid = tuple(float(p) for p in range(10, 101, 5))
+    grids = {d.name: grid for d in case.demands}
+    found = rehearse(case, [case.shares.gpu_percent], grids, trials=REHEARSAL_TRIALS)
+    return Deployed(found.shares, found.capacity_percent)
+
+
 def policy_of(entry: str) -> str:
     return "dstack" if entry == "dstack-levels" else entry
 
@@ -141,6 +164,8 @@ def peaks_of(task: tuple[int, float]) -> dict[str, Any]:
     bounds = bounds_of(first)
     ideal = bounds.corun.peak_scale
     guess = max(ideal * first.total_rate_per_s / 3, 10.0)
+    own = rehearsed(first.scaled(guess / first.total_rate_per_s))
+    cases["dstack"] = own.on(first)
     found = {entry: peak_of(case, policy_of(entry), guess) for entry, case in cases.items()}
     peaks = {entry: peak for entry, (peak, _) in found.items()}
     spread = {entry: half for entry, (_, half) in found.items()}
@@ -148,12 +173,16 @@ def peaks_of(task: tuple[int, float]) -> dict[str, Any]:
     saturated = {}
     for entry in ("dstack", "dstack-levels"):
         case = case_of(size, slo_factor, entry, OnLate.REJECT).scaled(ideal)
+        case = own.on(case) if entry == "dstack" else case
         result = result_of(case, "dstack", PEAK_REQUESTS / case.total_rate_per_s, SEED)
         saturated[entry] = result.total_goodput_per_s / case.total_rate_per_s
     return {
         "mix": f"C-{size}",
         "models": {d.name: {"slo_ms": round(d.slo_ms or 0.0, 3)} for d in first.demands},
         "static_gpu_percent": first.shares.gpu_percent,
+        "dstack_gpu_percent": own.shares.gpu_percent,
+        "dstack_batch_size": own.shares.batch_size,
+        "dstack_capacity_percent": own.capacity_percent,
         "slo_factor": slo_factor,
         "ideal_corun_peak_per_s": round(ideal * first.total_rate_per_s, 1),
         "ideal_isolated_peak_per_s": round(bounds.isolated.peak_scale * first.total_rate_per_s, 1),
@@ -163,14 +192,16 @@ def peaks_of(task: tuple[int, float]) -> dict[str, Any]:
     }
 
 
-def cells_of(task: tuple[int, float, str, float]) -> list[dict[str, Any]]:
-    """One mix, SLO and kind of arrivals at all loads, given the best peak of any policy."""
-    size, slo_factor, kind, peak_per_s = task
+def cells_of(task: tuple[int, float, str, float, Deployed]) -> list[dict[str, Any]]:
+    """One mix, SLO and kind of arrivals at all loads, given the best peak of any policy and D-STACK's
+    shares."""
+    size, slo_factor, kind, peak_per_s, own = task
     cells = []
     for load in LOADS:
         results: dict[str, SimResult] = {}
         for entry in ENTRIES:
             case = replace(case_of(size, slo_factor, entry, OnLate.REJECT), arrivals=arrival_kinds()[kind])
+            case = own.on(case) if entry == "dstack" else case
             case = case.scaled(load * peak_per_s / case.total_rate_per_s)
             results[entry] = result_of(case, policy_of(entry), REQUESTS / case.total_rate_per_s, SEED)
         ideal = bounds_of(case).corun.goodput_per_s
@@ -186,6 +217,12 @@ def cells_of(task: tuple[int, float, str, float]) -> list[dict[str, Any]]:
             }
         )
     return cells
+
+
+def deployed(peak: Mapping[str, Any]) -> Deployed:
+    """D-STACK's shares of a mix, from its peaks."""
+    shares = Shares(peak["dstack_gpu_percent"], peak["dstack_batch_size"], 1.0)
+    return Deployed(shares, peak["dstack_capacity_percent"])
 
 
 def figures(result: SimResult, ideal: float) -> dict[str, float]:
@@ -299,7 +336,7 @@ def main() -> None:
         peaks = list(pool.map(peaks_of, tasks))
         print(f"{len(peaks)} peaks after {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
         work = [
-            (size, factor, kind, max(p["peak_per_s"].values()))
+            (size, factor, kind, max(p["peak_per_s"].values()), deployed(p))
             for (size, factor), p in zip(tasks, peaks, strict=True)
             for kind in kinds
         ]

@@ -81,7 +81,7 @@ class CellRun:
             if guess:
                 self._guesses[each.name] = guess
                 if each.policy is not None:
-                    plans += planner.prepare_plans(cell, solo, each, guess)
+                    plans.append(planner.prepare_plan(cell, solo, each))
         for plan in plans:
             plan.result()
 
@@ -106,7 +106,7 @@ class CellRun:
             return {model: Served(extra=extra) for model in self._cell.models}
         planner = self._study.planner
         if alternative.shares == "own":
-            planned = planner.own(self._cell, self._expected, self._learned(alternative))
+            planned = planner.own(self._cell, self._expected, alternative, self._learned(alternative))
         else:
             planned = planner.static(self._cell, self._expected)
         return {model: replace(how, extra=extra) for model, how in planned.items()}
@@ -176,7 +176,7 @@ class CellRun:
         deployment = self._deployed(alternative)
         workload = cell.workload(self._solo, rate_per_s, OnLate.SERVE)  # perf_analyzer ends at a rejection
         if alternative.policy is not None:
-            self._tell(deployment, alternative, workload, rate_per_s)
+            self._tell(deployment, alternative, workload)
         bench = BenchOptions(
             options.seconds, options.warmup_s, SEED + repeat,
             tail_s=TAIL_S, patience_s=PATIENCE_S, first_answer_s=FIRST_ANSWER_S,
@@ -202,16 +202,14 @@ class CellRun:
         )
         return trial
 
-    def _tell(
-        self, deployment: Deployment, alternative: Alternative, workload: Workload, rate_per_s: float
-    ) -> None:
-        """Send the arbiter the plan that a controller would have in force at this rate. The SLO it is told is
+    def _tell(self, deployment: Deployment, alternative: Alternative, workload: Workload) -> None:
+        """Send the arbiter the plan that a controller would have in force. The SLO it is told is
         what serving leaves of the client's."""
         planner, cell = self._study.planner, self._cell
         learned = self._learned(alternative)
-        plan = planner.plan(cell, self._expected, alternative, rate_per_s, learned)
+        plan = planner.plan(cell, self._expected, alternative, learned)
         if not plan.models:
-            self._study.say(f"  no plan for {rate_per_s:.0f}/s: {plan.binding[0]}; the last one stays")
+            self._study.say(f"  no plan: {plan.binding[0]}")
             return
         told = planner.inside(cell, tuple(sorted(self._study.solo_ms.items())), workload)
         form = arbiter_form(plan, planner.profiles(cell, learned), told)

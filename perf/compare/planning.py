@@ -7,7 +7,6 @@ of the servers (`Planner.prepare`), or after the lease (`exact`, by --predict).
 from __future__ import annotations
 
 import functools
-import math
 import multiprocessing
 import os
 import time
@@ -20,17 +19,17 @@ from typing import Any
 from compare.alternatives import Alternative, Served
 from compare.cells import Cell, network_of, trace
 from dstack_sched.adapters.profile_files import read_profiles
-from dstack_sched.app.drift import DriftSettings, corrected_set, look, start
+from dstack_sched.app.drift import DriftSettings, corrected_set, look, slowdowns, start
 from dstack_sched.app.planning import CONTROL_OPTIONS, make_plan
 from dstack_sched.app.replan import ReplanSettings, with_reserve
 from dstack_sched.domain.plan import Plan
-from dstack_sched.domain.profile import Correction, CorunPoint, ModelProfile, ProfileSet
+from dstack_sched.domain.profile import Correction, CorunPoint, ProfileSet
 from dstack_sched.domain.workload import OnLate, Workload
 from dstack_sched.engine.registry import POLICIES
 from dstack_sched.engine.run_times import Seen
 from dstack_sched.errors import DstackError
 from dstack_sched.policy.latency import LatencySurface
-from dstack_sched.sim.scenario import TRITON_H100, Delays
+from dstack_sched.sim.scenario import BUSY_HOST, TRITON_H100
 from dstack_sched.sim.study import Case, bounds_of, find_peak, make_case
 
 SIM_SECONDS = 4.0
@@ -39,9 +38,6 @@ GUESS_SECONDS = 1.5
 SERVING_MS = 1.3  # what Triton and client add to a lone run (perf/reports/h100/dataplane.md): until measured
 PREPARE_MS, ANSWER_MS = TRITON_H100.prepare_us / 1000, TRITON_H100.answer_us / 1000
 JITTER_MS = 1.0  # what Triton, Python and client add in one of a hundred requests beyond the usual (0126)
-DELAYS = Delays(250, 250)  # of the arbiter's messages on a busy host of sixteen virtual cores
-PLAN_STEP = 1.25  # plans are made for rates this far apart; a trial gets that of the rate next above its own
-PLAN_RANGE = (0.6, 1.9)  # of the guess
 LEARNING = DriftSettings(band=0.05, looks=1)
 LEARN_ROUNDS, LEARN_LOAD = 2, 0.7  # the load: of the peak that is known or expected
 LEVELS_PERCENT = {"off": (), "auto": (25.0, 50.0, 100.0)}
@@ -58,17 +54,18 @@ Learned = tuple[tuple[str, Correction], ...]  # (network, what service has shown
 
 @dataclass(frozen=True, slots=True)
 class Sum:
-    """What is to be worked out, as it travels to a worker. rate_per_s: of a plan. learned: what corrects the
-    profiles."""
+    """What is to be worked out, as it travels to a worker. told: what a plan differs in from the controller's
+    (alternatives.TOLD). learned: what corrects the profiles. in_force: (model, GPU%) that a plan follows."""
 
     what: str
     profiles: Path
     cell: Cell
     solo: Solo
     alternative: Alternative | None = None
-    rate_per_s: float = 0.0
+    told: tuple[tuple[str, float], ...] = ()
     seconds: float = GUESS_SECONDS
     learned: Learned = ()
+    in_force: tuple[tuple[str, float], ...] = ()
 
 
 class Planner:
@@ -80,6 +77,7 @@ class Planner:
         context = multiprocessing.get_context("spawn")  # threads and sockets of ours stay here
         self._pool = ProcessPoolExecutor(max(1, workers), context, initializer=_be_nice)
         self._asked: dict[Sum, Future[Any]] = {}
+        self._plans: dict[tuple[Any, ...], list[tuple[Learned, Future[Any]]]] = {}  # one after the other
         self.plan_s: dict[str, float] = {}  # by cell: the longest that a plan took to make
 
     def close(self) -> None:
@@ -110,32 +108,37 @@ class Planner:
         shares: dict[str, Served] = self.ask("static", cell, solo).result()
         return shares
 
-    def own(self, cell: Cell, solo: Solo, learned: Learned = ()) -> dict[str, Served]:
+    def own(
+        self, cell: Cell, solo: Solo, alternative: Alternative, learned: Learned = ()
+    ) -> dict[str, Served]:
         """The shares of D-STACK's plan; fixed ones as `static` where it has none."""
-        shares: dict[str, Served] = self.ask("own", cell, solo, learned=learned).result()
+        rows = self.plan(cell, solo, alternative, learned).models
+        shares = {model: Served(row.gpu_percent, max(1, row.batch_size)) for model, row in rows.items()}
         return shares or self.static(cell, solo)
 
-    def plan(
-        self, cell: Cell, solo: Solo, alternative: Alternative, rate_per_s: float, learned: Learned = ()
-    ) -> Plan:
-        """The plan that a controller would have in force at about this rate."""
+    def plan(self, cell: Cell, solo: Solo, alternative: Alternative, learned: Learned = ()) -> Plan:
+        """The plan that a controller would have in force. Its time counts to D-STACK's way to its plan."""
         plan: Plan
-        plan, took_s = self._plan_of(cell, solo, alternative, rung(rate_per_s), learned).result()
-        self.plan_s[cell.key] = max(took_s, self.plan_s.get(cell.key, 0.0))
+        plan, took_s = self.prepare_plan(cell, solo, alternative, learned).result()
+        if alternative.policy == "dstack":
+            self.plan_s[cell.key] = max(took_s, self.plan_s.get(cell.key, 0.0))
         return plan
 
-    def prepare_plans(
-        self, cell: Cell, solo: Solo, alternative: Alternative, guess_per_s: float
-    ) -> list[Future[Any]]:
-        """Ask for the plans of the rates that trials will probably have."""
-        first, last = (rung(guess_per_s * factor) for factor in PLAN_RANGE)
-        return [self._plan_of(cell, solo, alternative, step) for step in range(first, last + 1)]
-
-    def _plan_of(
-        self, cell: Cell, solo: Solo, alternative: Alternative, step: int, learned: Learned = ()
+    def prepare_plan(
+        self, cell: Cell, solo: Solo, alternative: Alternative, learned: Learned = ()
     ) -> Future[Any]:
-        told = Alternative("", "", "", told=alternative.told)
-        return self.ask("plan", cell, solo, told, rate_per_s=PLAN_STEP**step, learned=learned)
+        """Ask for the plan: D-STACK's own, or for another policy of the arbiter the joint program's alone.
+        The plan after more was learned keeps the shares of the one before where others are not better."""
+        what = "plan" if alternative.policy == "dstack" else "joint"
+        made = self._plans.setdefault((what, cell, solo, alternative.told), [])
+        for known, plan in made:
+            if known == learned:
+                return plan
+        in_force = shares_of(made[-1][1].result()[0]) if made else ()
+        made.append(
+            (learned, self.ask(what, cell, solo, told=alternative.told, learned=learned, in_force=in_force))
+        )
+        return made[-1][1]
 
     def inside(self, cell: Cell, solo: Solo, workload: Workload) -> Workload:
         return inside(self._profiles, solo, workload)
@@ -144,18 +147,21 @@ class Planner:
         return profiles_of(corrected_set(self._profiles, dict(learned)), cell)
 
     def learn(self, network: str, known: Correction | None, seen: Sequence[Seen]) -> Correction | None:
-        return learn(self._profiles.models[network], known, seen)
+        return learn(self._profiles, network, known, seen)
 
 
-def learn(profile: ModelProfile, known: Correction | None, seen: Sequence[Seen]) -> Correction | None:
+def learn(
+    profiles: ProfileSet, network: str, known: Correction | None, seen: Sequence[Seen]
+) -> Correction | None:
     """What runs in service say of a profile, as the controller takes it (app/drift.py), but at one look; None
     where they say nothing new."""
-    return look(start(profile, known), profile, seen, LEARNING).refit
+    profile = profiles.models[network]
+    return look(start(profile, known, slowdowns(profiles)[network]), profile, seen, LEARNING).refit
 
 
-def rung(rate_per_s: float) -> int:
-    """The step of the ladder of rates that is next above a rate."""
-    return math.ceil(math.log(max(rate_per_s, 1.0)) / math.log(PLAN_STEP) - 1e-9)
+def shares_of(plan: Plan) -> tuple[tuple[str, float], ...]:
+    """Sum.in_force while the plan is in force."""
+    return tuple((model, row.gpu_percent) for model, row in plan.models.items())
 
 
 def _be_nice() -> None:
@@ -176,14 +182,10 @@ def work_out(wanted: Sum) -> Any:
             model: Served(shares.gpu_percent[model], max(1, shares.batch_size[model]))
             for model in wanted.cell.models
         }
-    if wanted.what == "own":
-        rows = plan_at_half(profiles, wanted, {}).models
-        return {model: Served(row.gpu_percent, max(1, row.batch_size)) for model, row in rows.items()}
-    alternative = wanted.alternative
-    if wanted.what == "plan":
-        assert alternative is not None
+    if wanted.what in ("plan", "joint"):
         began = time.monotonic()
-        return _plan(profiles, wanted, alternative.told_by_name), time.monotonic() - began
+        return plan_at_half(profiles, wanted), time.monotonic() - began
+    alternative = wanted.alternative
     try:
         if wanted.what == "bounds":
             found, total = bounds_of(case()), case().total_rate_per_s
@@ -250,27 +252,22 @@ def case_of(
         arrivals=trace() if cell.arrivals == "trace" else None,
         serving=replace(TRITON_H100, outside_us=0),
     )  # fmt: skip
-    return replace(case, delays=DELAYS)
+    return replace(case, delays=BUSY_HOST)
 
 
-def _plan(profiles: ProfileSet, wanted: Sum, told: Mapping[str, float]) -> Plan:
-    """As `dstackctl run` makes it: most headroom, with the reserve of its load factor; scaled down where it
-    does not fit."""
-    cell = wanted.cell
+def plan_at_half(profiles: ProfileSet, wanted: Sum) -> Plan:
+    """As `dstackctl run` makes it for about half of what the bound says: most headroom, with the reserve of
+    its load factor, scaled down where it does not fit, rehearsed (what "joint": not)."""
+    cell, told = wanted.cell, dict(wanted.told)
+    ideal = work_out(replace(wanted, what="bounds", learned=()))
     settings = ReplanSettings()
     settings = replace(settings, load_factor=told.get("load_factor", settings.load_factor))
-    workload = with_reserve(_workload(profiles, cell, wanted.solo, wanted.rate_per_s), settings)
-    plan = make_plan(profiles_of(profiles, cell), workload, replace(CONTROL_OPTIONS, lenient=True))
-    if "capacity" in told:
-        plan = replace(plan, capacity_percent=told["capacity"])
-    return plan
-
-
-def plan_at_half(profiles: ProfileSet, wanted: Sum, told: Mapping[str, float]) -> Plan:
-    """The plan at about half of what the bound says."""
-    ideal = work_out(replace(wanted, what="bounds", alternative=None, learned=()))
-    at_half = replace(wanted, rate_per_s=PLAN_STEP ** rung(ideal[0] / 2 if ideal else 1000.0))
-    return _plan(profiles, at_half, told)
+    workload = _workload(profiles, cell, wanted.solo, ideal[0] / 2 if ideal else 1000.0)
+    options = replace(CONTROL_OPTIONS, lenient=True, in_force=dict(wanted.in_force))
+    if wanted.what == "joint":
+        options = replace(options, rehearsal_trials=0)
+    plan = make_plan(profiles_of(profiles, cell), with_reserve(workload, settings), options)
+    return replace(plan, capacity_percent=told.get("capacity", plan.capacity_percent))
 
 
 def _peak(profiles: ProfileSet, wanted: Sum, alternative: Alternative) -> float | None:
@@ -285,7 +282,7 @@ def _peak(profiles: ProfileSet, wanted: Sum, alternative: Alternative) -> float 
     levels: tuple[float, ...] = ()
     if alternative.policy == "dstack":
         levels = _levels(alternative.config["levels"])
-        plan = plan_at_half(profiles, wanted, alternative.told_by_name)
+        plan = plan_at_half(profiles, replace(wanted, what="plan", told=alternative.told))
     case = case_of(profiles, cell, solo, levels=levels, plan=plan if plan and plan.models else None)
     if alternative.rate_limiter:
         case = replace(case, capacity_percent=100.0)

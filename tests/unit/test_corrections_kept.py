@@ -14,7 +14,7 @@ from dstack_sched.domain.profile import Correction, ProfilePoint
 from dstack_sched.errors import InputError
 from fakes.controller import CPU
 
-KEPT = Correction("abc", 1.7, (ProfilePoint(50.0, 4, 12.5, 13.5, 64),))
+KEPT = Correction("abc", 1.7, (ProfilePoint(50.0, 4, 12.5, 13.5, 64),), 0.25)
 
 
 def test_corrections_come_back_by_device_and_model(tmp_path: Path) -> None:
@@ -36,6 +36,9 @@ ONE = '{"version": 1, "models": {"cpu 2 cpu onnxruntime x": %s}}'
         '{"version": 9, "models": {}}',
         ONE % '{"scale": 1}',
         ONE % '{"base": "a", "scale": -1, "points": []}',
+        ONE % '{"base": "a", "scale": 1, "points": [], "slowdown": -1}',
+        ONE % '{"base": "a", "scale": 1, "points": [], "slowdown": "fast"}',
+        ONE % '["a"]',
         ONE % '{"base": "a", "scale": 1, "points": [{"gpu_percent": 50}]}',
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from dstack_sched.app.drift import (
@@ -13,8 +14,10 @@ from dstack_sched.app.drift import (
     corrected_set,
     digest,
     look,
+    slowdowns,
     start,
 )
+from dstack_sched.domain.event import EngineModel
 from dstack_sched.domain.profile import (
     Correction,
     CorunMember,
@@ -24,8 +27,9 @@ from dstack_sched.domain.profile import (
     ProfilePoint,
     ProfileSet,
 )
-from dstack_sched.engine.run_times import Seen
-from dstack_sched.policy.interference import fit_interference
+from dstack_sched.domain.workload import OnLate
+from dstack_sched.engine.run_times import RunTimes, Seen
+from dstack_sched.policy.interference import fit_interference, interference_of
 from dstack_sched.policy.latency import LatencySurface
 
 SETTINGS = DriftSettings()
@@ -168,3 +172,46 @@ def test_a_correction_changes_how_long_runs_take_and_not_what_co_runners_do_to_t
     assert found.corun[0].members[0].throughput_per_s == pytest.approx(
         2 * corun[0].members[0].throughput_per_s
     )
+
+
+def runs_beside(slowdown: float, told: float, crowds: tuple[float, ...]) -> list[Seen]:
+    """What an engine told a slowdown of `told` keeps of 64 runs a cell beside co-runners, 2% of noise."""
+    rng = np.random.default_rng(5)
+    times = RunTimes((50.0,), 8, EngineModel("m", 50.0, 4, 0, 1.0, OnLate.SERVE, 50.0))
+    for rows in (2, 4):
+        for crowd in np.resize(crowds, 64):
+            whole_us = 1e3 * ms(50.0, rows) * (1 + slowdown * crowd) * rng.normal(1.0, 0.02)
+            times.observe(0, rows, whole_us / (1 + told * crowd), whole_us, float(crowd))
+    return list(times.seen())
+
+
+def test_what_co_runners_do_is_read_from_runs_beside_them_and_the_profile_is_left_alone() -> None:
+    """The co-runs said 0.8, service shows 0.3: runs alone are as profiled, though told runs look faster."""
+    cells = runs_beside(0.3, 0.8, (0.0, 0.5, 1.0, 1.5))
+    found = after_looks(start(PROFILE, None, 0.8), *cells)
+    assert found.refit is not None and found.refit.slowdown == pytest.approx(0.3, abs=0.03)
+    assert found.drift == pytest.approx(1.0, abs=0.02) and found.refit.scale == pytest.approx(1.0, abs=0.02)
+    assert "co-runners of 100% slow it by 3" in found.why or "co-runners of 100% slow it by 2" in found.why
+    device = Device("g", 100, 1 << 30, "d", "r")
+    profiles = corrected_set(ProfileSet(device, {"m": PROFILE}), {"m": found.refit})
+    surfaces = {"m": LatencySurface.from_profile(profiles.models["m"])}
+    assert interference_of(profiles, surfaces).k["m"] == found.refit.slowdown
+    # Told what was found, runs say nothing new.
+    again = after_looks(start(PROFILE, found.refit, 0.8), *runs_beside(0.3, found.refit.slowdown, (0.0, 1.0)))
+    assert again.refit is None
+
+
+@pytest.mark.parametrize(
+    ("crowds", "believed"),
+    [((1.0, 1.0), 0.8), ((0.0, 0.02), 0.8), ((0.0, 1.0), None)],
+    ids=["always the same co-runners", "hardly ever any", "a CPU"],
+)
+def test_runs_that_cannot_tell_change_no_slowdown(crowds: tuple[float, ...], believed: float | None) -> None:
+    found = after_looks(start(PROFILE, None, believed), *runs_beside(0.8, 0.8, crowds))
+    assert found.refit is None and found.watch.correction.slowdown is None
+
+
+def test_slowdowns_are_looked_at_on_a_gpu_only() -> None:
+    gpu, cpu = Device("g", 100, 1 << 30, "d", "r"), Device("cpu", 4, 1 << 30, "cpu", "r")
+    assert slowdowns(ProfileSet(gpu, {"m": PROFILE})) == {"m": 0.0}
+    assert slowdowns(ProfileSet(cpu, {"m": PROFILE})) == {}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from dstack_sched.domain.decision import Grant, Overload, Revoke, SetTimer, Shed
 from dstack_sched.domain.event import (
     BackendJoined,
@@ -280,3 +282,32 @@ def test_next_to_others_a_chained_grant_is_decided_late() -> None:
     engine.handle(WorkQueued("other", 1, 200_000), 150_000)
     first = engine.handle(WorkQueued("m", 24, 200_000), 150_010)
     assert [name for name, _ in grants(first)] == ["m"]
+
+
+@pytest.mark.parametrize(("capacity", "overloaded"), [(100.0, False), (60.0, True)])
+def test_where_all_shares_fit_side_by_side_nobody_is_put_back_for_the_others_sake(
+    capacity: float, overloaded: bool
+) -> None:
+    """Two models that miss their objectives all the time: who goes first is a question only where not both
+    can run."""
+    engine = DStackEngine()
+    model = surface("x", LIGHT)
+    plans = [engine_model(model, demand(n, 1.0, 20.0), 50.0, 8, Interference()) for n in "ab"]
+    for name in "ab":
+        engine.handle(joined(name, 50.0), 0)
+    engine.handle(PlanChanged(capacity, tuple(plans)), 0)
+    now = 0
+    for _ in range(60):
+        now += 30_000
+        granted = [
+            d
+            for name in "ab"
+            for d in engine.handle(WorkQueued(name, 8, now - 1), now)
+            if isinstance(d, Grant)
+        ]
+        while granted:
+            grant = granted.pop()
+            now += 1_000
+            done = engine.handle(BatchFinished(grant.instance, grant.grant_id, 8, 1_000, 0, 0), now)
+            granted += [d for d in done if isinstance(d, Grant) and not d.standing]
+    assert engine.overloaded is overloaded

@@ -71,8 +71,9 @@ def correction_of(raw: Any, where: str) -> Correction:
     """A correction as it is written (its fields by name). Errors: InputError where it is none."""
     try:
         base, scale, points = str(raw["base"]), float(raw["scale"]), raw["points"]
-    except (TypeError, KeyError, ValueError) as error:
+        slowdown = None if raw.get("slowdown") is None else float(raw["slowdown"])
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
         raise InputError(f"{where}: not a correction ({error})") from None
-    if not 0 < scale < 1e3 or not isinstance(points, list):
-        raise InputError(f"{where}: scale {scale:g} or points are out of range")
-    return Correction(base, scale, tuple(parse_point(point, where) for point in points))
+    if not 0 < scale < 1e3 or not 0 <= (slowdown or 0.0) < 1e3 or not isinstance(points, list):
+        raise InputError(f"{where}: scale {scale:g}, slowdown {slowdown} or points are out of range")
+    return Correction(base, scale, tuple(parse_point(point, where) for point in points), slowdown)

@@ -34,6 +34,7 @@ from dstack_sched.domain.event import (
 from dstack_sched.domain.json_form import MAX_GPUS, gpus_from_json
 from dstack_sched.domain.workload import OnLate
 from dstack_sched.engine.interface import Engine
+from dstack_sched.engine.run_times import Seen
 from dstack_sched.errors import DstackError, InputError
 
 log = logging.getLogger("dstack.arbiter")
@@ -42,7 +43,7 @@ Outgoing: TypeAlias = list[tuple[int, wire.Message]]
 Observer: TypeAlias = Callable[[int, Event, int, list[decisions.Decision]], None]
 
 MAX_GRANT_ROWS = 4_096  # engines keep a run time for each batch size: a join must not cost seconds
-SEEN_ROWS = 1_024  # cells of run times in one answer: it must fit into a packet
+SEEN_ROWS = 512  # cells of run times in one answer: it must fit into a packet
 REVOKED_US = 50_000  # a revoked standing grant is back by then, unless it has begun
 MAX_RUNNING_US = 60_000_000  # how long a batch may claim to run on when its instance joins
 OVERLOADS_US = 10_000_000  # between two lines of the log about overloads
@@ -362,14 +363,20 @@ class ArbiterService:
         return {"pid": os.getpid(), "policy": self.policy, "uptime_s": uptime_s}
 
     def _run_times(self, model: object) -> dict[str, Any]:
-        """Runs of one model as [GPU%, rows, runs, p50 us, p99 us], the slowdown by co-runners taken out."""
+        """Runs of one model as [GPU%, rows, runs, p50 us, p99 us, [...]]: run_times.Seen, with Beside."""
         if not isinstance(model, str):
             raise InputError("run_times: a model is wanted, as in {'verb': 'run_times', 'model': 'resnet50'}")
         seen = [row for gpu in self._gpus.values() for row in gpu.engine.run_times(model)]
-        return {"runs": [[*row[:3], round(row.p50_us, 1), round(row.p99_us, 1)] for row in seen[:SEEN_ROWS]]}
+        return {"runs": [_short(row) for row in seen[:SEEN_ROWS]]}
 
     def _timeline(self, body: Mapping[str, Any], now_us: int) -> dict[str, Any]:
         return arbiter_view.timeline(self._gpus, self._sessions.values(), self.record, body, now_us)
+
+
+def _short(seen: Seen) -> list[Any]:
+    """Its figures, to seven digits."""
+    beside = [float(f"{x:.7g}") for x in seen.beside] if seen.beside else None
+    return [*seen[:3], round(seen.p50_us, 1), round(seen.p99_us, 1), beside]
 
 
 def _joined(join: wire.Join, instance: str, now_us: int) -> BackendJoined:

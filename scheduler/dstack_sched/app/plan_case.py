@@ -12,7 +12,7 @@ from dstack_sched.domain.profile import Device, ProfileSet
 from dstack_sched.domain.workload import ModelDemand, Workload
 from dstack_sched.errors import InputError
 from dstack_sched.policy.candidates import JointTask
-from dstack_sched.policy.interference import Interference, fit_interference, measured_capacity_percent
+from dstack_sched.policy.interference import Interference, interference_of, measured_capacity_percent
 from dstack_sched.policy.joint_program import JointSetting
 from dstack_sched.policy.latency import LatencySurface
 from dstack_sched.policy.runnable import CPU_DRIVER, runnable_grid
@@ -34,7 +34,9 @@ class PlanOptions:
     memory_limits: bound each instance's GPU memory, with room above what was measured. memory_bytes: of
     each GPU, None: all of the profiled device's. clients_of_others: MPS clients not ours, on each GPU.
     held: model -> (GPU%, instances) that stay as they are. lenient: an SLO below the fastest run makes a
-    plan that does not fit, no error.
+    plan that does not fit, no error. rehearsal_trials: simulations of each GPU in which better shares are
+    sought (planning_rehearsal.py), 0: none. in_force: model -> the GPU% that it has now, which a rehearsal
+    leaves where no others are better.
     """
 
     objective: Objective = "demand"
@@ -50,10 +52,14 @@ class PlanOptions:
     clients_of_others: int = 0
     held: Mapping[str, tuple[float, int]] = field(default_factory=dict)
     lenient: bool = False
+    rehearsal_trials: int = 0
+    in_force: Mapping[str, float] = field(default_factory=dict)
 
 
 DEFAULT_OPTIONS = PlanOptions()
-CONTROL_OPTIONS = PlanOptions(maximize_headroom=True)  # of the control loop (decisions/0124)
+REHEARSAL_TRIALS = 50
+# Of the control loop (decisions/0124, 0127).
+CONTROL_OPTIONS = PlanOptions(maximize_headroom=True, rehearsal_trials=REHEARSAL_TRIALS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +68,7 @@ class Case:
 
     device: Device
     demands: Mapping[str, ModelDemand]
+    attainment: float
     tasks: tuple[JointTask, ...]
     interference: Interference
     capacities: tuple[float, ...]
@@ -88,6 +95,8 @@ def make_case(profiles: ProfileSet, workload: Workload, options: PlanOptions) ->
         raise InputError(
             "--objective efficacy plans each model by itself; leave --minimize and --maximize out"
         )
+    if options.objective == "efficacy" and options.rehearsal_trials:
+        raise InputError("--objective efficacy plans each model by itself; leave --rehearse out")
     if options.capacity_percent is not None and not 0 < options.capacity_percent < math.inf:
         raise InputError(f"--capacity is {options.capacity_percent:g}; a percentage above 0 is wanted")
     if not workload.models:
@@ -125,8 +134,9 @@ def make_case(profiles: ProfileSet, workload: Workload, options: PlanOptions) ->
     return Case(
         device=profiles.device,
         demands={d.name: d for d in workload.models},
+        attainment=workload.attainment,
         tasks=tasks,
-        interference=fit_interference({**others, **surfaces}, profiles.corun),
+        interference=interference_of(profiles, {**others, **surfaces}),
         capacities=tuple(sorted({100.0, top})) if top > 100 else (top,),
         options=options,
     )

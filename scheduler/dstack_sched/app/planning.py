@@ -8,6 +8,7 @@ from dataclasses import replace
 from dstack_sched.app.plan_case import (
     CONTROL_OPTIONS,
     DEFAULT_OPTIONS,
+    REHEARSAL_TRIALS,
     Case,
     Objective,
     PlanOptions,
@@ -17,6 +18,7 @@ from dstack_sched.app.plan_case import (
     notes,
 )
 from dstack_sched.app.planning_host import plan_on_host
+from dstack_sched.app.planning_rehearsal import rehearsed
 from dstack_sched.domain.plan import ModelPlan, Plan, Replica
 from dstack_sched.domain.profile import ProfileSet
 from dstack_sched.domain.workload import Workload
@@ -25,6 +27,7 @@ from dstack_sched.policy.batch_program import assembly_ms, efficacy, slo_too_sho
 from dstack_sched.policy.candidates import Candidate, JointTask, candidate
 from dstack_sched.policy.joint_program import (
     JointPlan,
+    JointSetting,
     Placed,
     Scale,
     fewest_gpus,
@@ -36,7 +39,10 @@ from dstack_sched.policy.joint_rows import slots_in_force
 from dstack_sched.policy.knee import knee_percent
 from dstack_sched.policy.runnable import CPU_DRIVER, RunnableGrid
 
-__all__ = ["CONTROL_OPTIONS", "Objective", "PlanOptions", "better_on_cores", "explain_plan", "make_plan"]
+__all__ = [
+    "CONTROL_OPTIONS", "REHEARSAL_TRIALS", "Objective", "PlanOptions", "better_on_cores", "explain_plan",
+    "make_plan",
+]  # fmt: skip
 
 BETTER_ON_CORES = 1.1  # headroom over that of one instance a model: instances cost memory and a start
 
@@ -99,10 +105,10 @@ def _joint_plan(case: Case) -> Plan:
     setting = case.setting()
     plan: JointPlan | None
     if case.options.minimize_gpus:
-        found = fewest_gpus(case.tasks, setting)
-        plan = found[1] if found else None
-        if found:
-            setting = replace(setting, gpus=found[0])
+        fewest = fewest_gpus(case.tasks, setting)
+        plan = fewest[1] if fewest else None
+        if fewest:
+            setting = replace(setting, gpus=fewest[0])
         scale = largest_scale(case.tasks, setting, plan)
     elif case.options.maximize_headroom:
         scale = largest_scale(case.tasks, setting)
@@ -112,6 +118,20 @@ def _joint_plan(case: Case) -> Plan:
         scale = largest_scale(case.tasks, setting, plan)
     if plan is None and scale.factor >= 1:
         plan = scale.plan
+    if not case.options.rehearsal_trials:
+        return _of_joint(case, plan, setting, scale)
+    found = rehearsed(case, plan or scale.plan, setting.gpus)
+    if isinstance(found, str):
+        done = _of_joint(case, plan, setting, scale)
+        return replace(done, notes=(*done.notes, found))
+    limits = (f"{found.limit} misses its SLO first, in rehearsal",)
+    scale, fits = Scale(found.factor, found.plan, limits), found.factor >= 1
+    done = _plan(case, found.plan, setting.gpus, scale, feasible=fits, rate_scale=min(1.0, found.factor))
+    return replace(done, capacity_percent=found.plan.capacity_percent, notes=(*done.notes, found.note))
+
+
+def _of_joint(case: Case, plan: JointPlan | None, setting: JointSetting, scale: Scale) -> Plan:
+    """The joint program's plan, for a part of the rates or none where it has none."""
     if plan is not None:
         return _plan(case, plan, setting.gpus, scale, feasible=True, rate_scale=1.0)
     if scale.plan is None:

@@ -92,9 +92,11 @@ class Watcher:
 
     def profiled(self, profiles: ProfileSet, stored: Mapping[str, Correction]) -> None:
         """The profiles as measured, to hold runs against; `stored`: corrections from before, by model."""
+        slowdown = drift.slowdowns(profiles)
         for name, model in self._models.items():
             model.profile = profiles.models.get(name)
-            model.drift = drift.start(model.profile, stored.get(name)) if model.profile else None
+            known = stored.get(name)
+            model.drift = drift.start(model.profile, known, slowdown.get(name)) if model.profile else None
 
     def corrections(self) -> dict[str, Correction]:
         """The corrections in use, by model."""

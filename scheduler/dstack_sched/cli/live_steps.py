@@ -25,7 +25,7 @@ from dstack_sched.domain.change import ApplyReport
 from dstack_sched.domain.plan import Plan
 from dstack_sched.domain.profile import Correction, ProfileSet
 from dstack_sched.domain.workload import Workload
-from dstack_sched.engine.run_times import Seen
+from dstack_sched.engine.run_times import Beside, Seen
 from dstack_sched.errors import DstackError, InputError
 
 
@@ -106,9 +106,12 @@ class LiveSteps:
             return finish(found, results, store, settings, {}, corun=False)
 
     def plan(self, profiles: ProfileSet, workload: Workload, held: Held, *, lenient: bool) -> Plan:
-        planning = replace(self._planning, held=held, lenient=lenient)
+        names = [model.name for model in workload.models]
+        stated = self._deployment.stated_instances(names)
+        in_force = {name: percent for name, (percent, _) in stated.items()}
+        planning = replace(self._planning, held=held, lenient=lenient, in_force=in_force)
         if self._host is not None:
-            where = self._deployment.placement(model.name for model in workload.models)
+            where = self._deployment.placement(names)
             planning = replace(planning, host=self._host.host(), current=where)
         return make_plan(profiles, workload, planning)
 
@@ -174,6 +177,6 @@ class LiveSources:
 def seen_of(answer: Mapping[str, Any]) -> list[Seen]:
     """The arbiter's answer to `run_times`."""
     return [
-        Seen(float(p), int(rows), int(runs), float(p50), float(p99))
-        for p, rows, runs, p50, p99 in answer.get("runs", ())
+        Seen(float(p), int(rows), int(runs), float(p50), float(p99), Beside(*beside) if beside else None)
+        for p, rows, runs, p50, p99, beside in answer.get("runs", ())
     ]

@@ -11,9 +11,9 @@ import typer
 
 from dstack_sched.adapters.plan_files import plan_json, write_plan
 from dstack_sched.adapters.profile_files import read_profiles
-from dstack_sched.app.planning import PlanOptions, explain_plan, make_plan
+from dstack_sched.app.planning import REHEARSAL_TRIALS, PlanOptions, explain_plan, make_plan
 from dstack_sched.cli import app
-from dstack_sched.cli.common import JsonOption, StateOption, print_json, print_table, say
+from dstack_sched.cli.common import JsonOption, StateOption, print_json, print_table, progress, say
 from dstack_sched.cli.host_gpus import ExcludeGpuOption, gpus_here
 from dstack_sched.config import read_workload
 from dstack_sched.domain.gpu import HostGpus
@@ -78,6 +78,10 @@ def plan(
     memory_limits: Annotated[
         bool, typer.Option("--memory-limits", help="Bound the GPU memory of each model's processes (MPS).")
     ] = False,
+    rehearse: Annotated[
+        bool,
+        typer.Option("--rehearse", help="Try shares in simulation and better them, as run does on a GPU."),
+    ] = False,
     explain: Annotated[bool, typer.Option("--explain", help="Say why: limits, fits, bounds.")] = False,
 ) -> None:
     """Choose GPU, GPU% and batch size of every model, so that each keeps its SLO at its rate.
@@ -99,8 +103,12 @@ def plan(
         capacity_percent=capacity_percent,
         host=host,
         memory_limits=memory_limits,
+        rehearsal_trials=REHEARSAL_TRIALS if rehearse else 0,
     )
-    found = make_plan(known, wanted, options)
+    with progress() as bar:
+        if rehearse:
+            bar.add_task("rehearsing shares", total=None)
+        found = make_plan(known, wanted, options)
     if out is not None:
         write_plan(out, found)
     if json_output:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 
@@ -63,12 +64,14 @@ class ModelProfile:
 class Correction:
     """What service has shown a profile to be by now (app/drift.py). base: the profile it was made from.
 
-    points: measured in service, at most one a (GPU%, batch size); scale: of all other latencies.
+    points: measured in service, at most one a (GPU%, batch size); scale: of all other latencies. slowdown: by
+    co-runners of 100%, None: as the co-runs say.
     """
 
     base: str
     scale: float = 1.0
     points: tuple[ProfilePoint, ...] = ()
+    slowdown: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +94,10 @@ class CorunPoint:
 
 @dataclass(frozen=True, slots=True)
 class ProfileSet:
-    """The content of a profiles.json."""
+    """The content of a profiles.json; slowdown: of models for which service has shown what co-runners of 100%
+    do to them, in place of what the co-runs say."""
 
     device: Device
     models: dict[str, ModelProfile]
     corun: tuple[CorunPoint, ...] = field(default=())
+    slowdown: Mapping[str, float] = field(default_factory=dict)

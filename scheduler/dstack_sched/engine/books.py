@@ -6,6 +6,7 @@ co-runners come and go. A standing grant is given ahead of the work: it holds it
 
 from __future__ import annotations
 
+from collections import deque
 from heapq import heappop, heappush
 
 from dstack_sched.domain.decision import Decision, Grant, Revoke, SetTimer, Shed
@@ -17,6 +18,8 @@ LEASE_MARGIN_US = 100_000  # ... and this much more: scheduling noise of a busy 
 LEASE_UNKNOWN_US = 2_000_000  # first batches of a model without a profile: warm-up can be slow
 STANDING_US = 60_000_000  # an idle instance keeps a standing grant this long
 REVOKE_WITHIN_US = 50_000  # an instance that does not answer counts as hung
+ENDED_KEPT = 64  # runs that are remembered, to tell who ran beside whom
+LAG_GAIN = 0.1  # one run's weight
 MASKS_KEPT = 8  # sets of SM groups that an instance is remembered to have run on
 
 WAKE_LEASE, WAKE_CHAIN, WAKE_GO, WAKE_SESSION, WAKE_STANDING = range(5)
@@ -31,6 +34,8 @@ class Books:
         self.promised = 0.0  # GPU% of the running batches
         self.instances: dict[str, Instance] = {}
         self.running: list[Instance] = []
+        # When runs began and ended on the device, at what share and whose; in the order of their ends.
+        self._ended: deque[tuple[int, int, float, Instance]] = deque(maxlen=ENDED_KEPT)
         self.standing = 0  # instances that hold a standing grant
         self.sm = SmGroups(1)
         self._ceiling = 100.0  # capacity, or what was granted when it shrank
@@ -221,7 +226,25 @@ class Books:
         mean_slow = elapsed / alone_progress_us if alone_progress_us > 0 else run.slow
         instance.slow_seen += 0.1 * (mean_slow - instance.slow_seen)
         instance.busy_us += run_us
-        instance.times.observe(run.level, rows, run_us / max(mean_slow, 1.0))
+        instance.lag_us += LAG_GAIN * (max(elapsed - run_us, 0) - instance.lag_us)
+        crowd = instance.model.crowd(self._beside(instance, now - run_us, now) / run_us)
+        instance.times.observe(run.level, rows, run_us / max(mean_slow, 1.0), run_us, crowd)
+        self._ended.append((now - run_us, now, run.percent, instance))
+
+    def _beside(self, instance: Instance, begin: int, now: int) -> float:
+        """GPU%-us of the others on the device from begin to now. A grant holds its share before the device
+        runs, too: of those that still run their usual lag is taken off."""
+        shared = 0.0
+        for start, end, percent, other in reversed(self._ended):
+            if end <= begin:
+                break
+            if other is not instance:
+                shared += percent * (end - max(start, begin))
+        for other in self.running:
+            if other is not instance and other.run is not None:
+                start = max(other.run.start_us + int(other.lag_us), begin)
+                shared += other.run.percent * max(now - start, 0)
+        return shared
 
     def _score(self, instance: Instance, run: Run, run_us: int, now: int) -> None:
         """Put the GPU%-time on the scoreboard."""

@@ -360,9 +360,8 @@ class DStackEngine(ChoosingEngine):
 
     def _note_misses(self, missed: float) -> None:
         self._misses += MISS_RATE_GAIN * (missed - self._misses)
-        overloaded = self.rules.scoreboard and self._misses > (
-            OVERLOAD_OFF if self.overloaded else OVERLOAD_ON
-        )
+        contended = self.rules.scoreboard and not self._all_fit
+        overloaded = contended and self._misses > (OVERLOAD_OFF if self.overloaded else OVERLOAD_ON)
         if overloaded != self.overloaded:
             self.overloaded = overloaded
             for entry in (*self._ready, *self._parked):

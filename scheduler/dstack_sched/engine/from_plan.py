@@ -6,7 +6,7 @@ from dstack_sched.domain.event import EngineModel, PlanChanged
 from dstack_sched.domain.plan import ModelPlan, Plan
 from dstack_sched.domain.profile import ProfileSet
 from dstack_sched.domain.workload import ModelDemand, Workload
-from dstack_sched.policy.interference import Interference, fit_interference
+from dstack_sched.policy.interference import Interference, interference_of
 from dstack_sched.policy.latency import LatencySurface
 
 
@@ -14,7 +14,7 @@ def engine_plans(plan: Plan, profiles: ProfileSet, workload: Workload) -> dict[i
     """GPU index -> the event that puts the plan in force there. Models without a profile, and best-effort
     ones that the plan leaves out, come with what is known of them: their engines learn the rest."""
     surfaces = {name: LatencySurface.from_profile(profile) for name, profile in profiles.models.items()}
-    interference = fit_interference(surfaces, profiles.corun)
+    interference = interference_of(profiles, surfaces)
     by_gpu: dict[int, list[EngineModel]] = {gpu: [] for gpu in range(max(len(plan.gpus), 1))}
     for demand in workload.models:
         row = plan.models.get(demand.name)

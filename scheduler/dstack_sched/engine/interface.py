@@ -28,7 +28,7 @@ class Engine(Protocol):
         ...
 
     def run_times(self, model: str) -> tuple[Seen, ...]:
-        """What the runs of a model took, the slowdown by co-runners taken out; all its instances."""
+        """What the runs of a model took, alone and beside co-runners; of all its instances."""
         ...
 
     def check_invariants(self) -> None:

@@ -21,15 +21,29 @@ GUESS_US = 10_000  # before anything is known, and no objective says otherwise
 SEEN_CELLS, SEEN_RUNS = 32, 64  # what is kept of what was seen: cells an instance, newest runs a cell
 
 
+class Beside(NamedTuple):
+    """The newest `runs` as they were, beside their co-runners. run_us: their median. crowd: mean of the runs'
+    mean (q / 100)^g, of co-runners that held q of GPU% (policy/interference.py); spread: its variance; slope,
+    scatter: covariance with it, and variance, of the run time over its mean."""
+
+    runs: int
+    run_us: float
+    crowd: float
+    spread: float
+    slope: float
+    scatter: float
+
+
 class Seen(NamedTuple):
     """Runs of one batch size at one share: `runs` so far; median and 99th percentile of the newest, in us,
-    the slowdown by co-runners taken out."""
+    the slowdown by co-runners taken out as the plan predicts it; beside: with it."""
 
     gpu_percent: float
     rows: int
     runs: int
     p50_us: float
     p99_us: float
+    beside: Beside | None = None
 
 
 class _Affine:
@@ -74,7 +88,7 @@ class RunTimes:
         self.scale = 1.0
         self.spread = 0.05
         self.known = bool(model.latency_ms)
-        self._runs: dict[tuple[float, int], deque[float]] = {}
+        self._runs: dict[tuple[float, int], deque[tuple[float, float, float]]] = {}
         self._counts: dict[tuple[float, int], int] = {}
         self._learned: list[_Affine] = [_Affine() for _ in self.levels]
         self.us: list[list[int]] = _table(model, self.levels, max_batch) if self.known else []
@@ -87,12 +101,15 @@ class RunTimes:
         row = self.us[level]
         return min(bisect_right(row, budget_us / self.scale, 1) - 1, self.max_batch)
 
-    def observe(self, level: int, rows: int, run_us: float) -> None:
-        """A batch of `rows` took run_us, with the slowdown by co-runners already taken out."""
+    def observe(
+        self, level: int, rows: int, run_us: float, whole_us: float = 0.0, crowd: float = 0.0
+    ) -> None:
+        """A batch of `rows` took run_us, with the slowdown by co-runners already taken out; whole_us with it,
+        0: the same. crowd: see Beside."""
         rows = min(rows, self.max_batch)
         if rows < 1 or run_us <= 0:
             return
-        self._note(self.levels[level], rows, run_us)
+        self._note((self.levels[level], rows), (run_us, whole_us or run_us, crowd))
         if self.known:
             ratio = run_us / self.us[level][rows]
             self.spread += LEARN_RATE * (min(abs(ratio - self.scale), 2.0) - self.spread)
@@ -104,9 +121,8 @@ class RunTimes:
         if line.seen <= 8 or line.seen % 16 == 0:
             self._rebuild(level)
 
-    def _note(self, percent: float, rows: int, run_us: float) -> None:
+    def _note(self, cell: tuple[float, int], run: tuple[float, float, float]) -> None:
         """Keep the run; a cell too many takes the place of the oldest."""
-        cell = (percent, rows)
         runs = self._runs.get(cell)
         if runs is None:
             if len(self._runs) >= SEEN_CELLS:
@@ -114,15 +130,21 @@ class RunTimes:
                 del self._runs[oldest], self._counts[oldest]
             runs = self._runs[cell] = deque(maxlen=SEEN_RUNS)
             self._counts[cell] = 0
-        runs.append(run_us)
+        runs.append(run)
         self._counts[cell] += 1
 
     def seen(self) -> tuple[Seen, ...]:
         """What was observed, by share and batch size; for people and for whoever refits the profile."""
         rows = []
         for (percent, size), runs in self._runs.items():
-            p50, p99 = np.percentile(runs, (50, 99))
-            rows.append(Seen(percent, size, self._counts[percent, size], float(p50), float(p99)))
+            alone_us, whole_us, crowd = np.array(runs).T
+            p50, p99 = np.percentile(alone_us, (50, 99))
+            covariance = np.cov(crowd, whole_us / whole_us.mean(), ddof=0)
+            (spread, slope), (_, scatter) = covariance.tolist()
+            beside = Beside(
+                len(runs), float(np.median(whole_us)), float(crowd.mean()), spread, slope, scatter
+            )
+            rows.append(Seen(percent, size, self._counts[percent, size], float(p50), float(p99), beside))
         return tuple(rows)
 
     def go_on_from(self, old: RunTimes) -> None:

@@ -44,12 +44,16 @@ class ModelState:
         self.sensitivity = 100.0 * plan.interference_per_percent
         self.exponent = plan.interference_exponent
 
+    def crowd(self, co_percent: float) -> float:
+        """(q / 100)^g of co-runners that hold q = co_percent of the GPU in all (policy/interference.py)."""
+        if co_percent <= 0.0:
+            return 0.0
+        x = co_percent / 100.0
+        return x if self.exponent == 1.0 else x**self.exponent
+
     def slowdown(self, co_percent: float) -> float:
         """f'/f while co-runners hold co_percent of the GPU in all."""
-        if co_percent <= 0.0:
-            return 1.0
-        x = co_percent / 100.0
-        return 1.0 + self.sensitivity * (x if self.exponent == 1.0 else x**self.exponent)
+        return 1.0 + self.sensitivity * self.crowd(co_percent)
 
 
 class Run:
@@ -91,6 +95,7 @@ class Instance:
         "expected",
         "go_us",
         "held",
+        "lag_us",
         "last_masks",
         "late_seen",
         "level",
@@ -146,6 +151,7 @@ class Instance:
         self.expected = 0  # rows that will wait when the grant in question starts
         self.parked = False  # waits for more rows, aside from those that may be granted
         self.late_seen = 0.0  # part of its rows that ended late, moving average over batches
+        self.lag_us = 0.0  # of a grant that the device does not run, moving average
         self.slow_seen = 1.0  # slowdown by co-runners, moving average
         self.duty = 0.0
         self.claim_weight = 0.0  # what it counts for among those that share the GPU

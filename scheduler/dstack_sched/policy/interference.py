@@ -11,13 +11,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy.optimize import least_squares
 
-from dstack_sched.domain.profile import CorunPoint
+from dstack_sched.domain.profile import CorunPoint, ProfileSet
 from dstack_sched.policy.latency import LatencySurface
 from dstack_sched.policy.monotone import Array
 
@@ -71,6 +71,12 @@ class Interference:
 
 
 NO_INTERFERENCE = Interference()
+
+
+def interference_of(profiles: ProfileSet, surfaces: Mapping[str, LatencySurface]) -> Interference:
+    """Fitted to the co-runs, and for models where service has shown better, as it has."""
+    fitted = fit_interference(surfaces, profiles.corun)
+    return replace(fitted, k={**fitted.k, **profiles.slowdown}) if profiles.slowdown else fitted
 
 
 def fit_interference(

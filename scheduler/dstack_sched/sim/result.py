@@ -92,7 +92,7 @@ def _model(backends: Sequence[Backend], duration_s: float, answer_us: int) -> Mo
         arrivals = np.asarray(backend.arrivals, np.int64)
         done = np.array([b for b in backend.batches if b[2]], np.int64).reshape(-1, 3)
         rows = done[:, 1]
-        before = np.repeat(np.concatenate([[0], np.cumsum(rows)[:-1]]), rows)  # rows of earlier batches
+        before = np.repeat(np.cumsum(rows) - rows, rows)  # rows of earlier batches
         place = np.arange(before.size) - before  # of a row in its batch
         first = np.repeat(done[:, 0], rows)
         waited = np.repeat(done[:, 2], rows) + answer_us * (1 + place) - arrivals[first + place]

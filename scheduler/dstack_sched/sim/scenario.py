@@ -40,6 +40,9 @@ class Delays:
     to_backend_us: int = 50
 
 
+BUSY_HOST = Delays(250, 250)  # of a host of sixteen virtual cores that also serves and is loaded
+
+
 @dataclass(frozen=True, slots=True)
 class Serving:
     """What serving a request costs beside its run, in us. outside_us: from the client into the instance's

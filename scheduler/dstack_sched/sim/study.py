@@ -19,7 +19,7 @@ from dstack_sched.domain.workload import ModelDemand, Workload
 from dstack_sched.engine.registry import policy as find_policy
 from dstack_sched.errors import InputError
 from dstack_sched.policy.bounds import Bound, ideal_corun, ideal_isolated
-from dstack_sched.policy.interference import fit_interference
+from dstack_sched.policy.interference import interference_of
 from dstack_sched.policy.latency import LatencySurface
 from dstack_sched.sim.arrivals import Arrivals
 from dstack_sched.sim.gpu import SpeedModel
@@ -77,9 +77,9 @@ def make_case(
     missing = [d.name for d in workload.models if d.name not in profiles.models]
     if missing:
         raise InputError(f"{missing[0]}: in the workload but not in the profiles; profile it first")
-    workload = replace(workload, models=tuple(_inside(d, serving) for d in workload.models))
+    workload = replace(workload, models=tuple(within_serving(d, serving) for d in workload.models))
     surfaces = {d.name: LatencySurface.from_profile(profiles.models[d.name]) for d in workload.models}
-    speeds = SpeedModel(surfaces, fit_interference(surfaces, profiles.corun))
+    speeds = SpeedModel(surfaces, interference_of(profiles, surfaces))
     shares = (
         _planned(plan, workload) if plan else side_by_side(surfaces, workload.models, speeds.interference)
     )
@@ -91,8 +91,9 @@ def make_case(
     )  # fmt: skip
 
 
-def _inside(demand: ModelDemand, serving: Serving) -> ModelDemand:
-    """The demand with the SLO that serving leaves for waiting and running."""
+def within_serving(demand: ModelDemand, serving: Serving) -> ModelDemand:
+    """The demand with the SLO that serving leaves for waiting and running. Raises InputError for an SLO that
+    leaves nothing."""
     if demand.slo_ms is None or not serving.outside_us:
         return demand
     left_ms = demand.slo_ms - serving.outside_us / 1000
