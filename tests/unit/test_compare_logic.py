@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import matplotlib.font_manager  # noqa: F401  where no cache of fonts is there, it starts fc-list: not in a test
 import numpy as np
 import pytest
 

@@ -290,7 +290,7 @@ def test_where_all_shares_fit_side_by_side_nobody_is_put_back_for_the_others_sak
 ) -> None:
     """Two models that miss their objectives all the time: who goes first is a question only where not both
     can run."""
-    engine = DStackEngine()
+    engine = DStackEngine(Rules(stand=False))
     model = surface("x", LIGHT)
     plans = [engine_model(model, demand(n, 1.0, 20.0), 50.0, 8, Interference()) for n in "ab"]
     for name in "ab":
@@ -302,7 +302,7 @@ def test_where_all_shares_fit_side_by_side_nobody_is_put_back_for_the_others_sak
         granted = [
             d
             for name in "ab"
-            for d in engine.handle(WorkQueued(name, 8, now - 1), now)
+            for d in engine.handle(WorkQueued(name, 8, now - 15_000), now)
             if isinstance(d, Grant)
         ]
         while granted:

@@ -38,6 +38,7 @@ from dstack_sched.policy.joint_program import (
 from dstack_sched.policy.joint_rows import slots_in_force
 from dstack_sched.policy.knee import knee_percent
 from dstack_sched.policy.runnable import CPU_DRIVER, RunnableGrid
+from dstack_sched.sim.rehearsal import BEYOND
 
 __all__ = [
     "CONTROL_OPTIONS", "REHEARSAL_TRIALS", "Objective", "PlanOptions", "better_on_cores", "explain_plan",
@@ -124,9 +125,12 @@ def _joint_plan(case: Case) -> Plan:
     if isinstance(found, str):
         done = _of_joint(case, plan, setting, scale)
         return replace(done, notes=(*done.notes, found))
-    limits = (f"{found.limit} misses its SLO first, in rehearsal",)
-    scale, fits = Scale(found.factor, found.plan, limits), found.factor >= 1
-    done = _plan(case, found.plan, setting.gpus, scale, feasible=fits, rate_scale=min(1.0, found.factor))
+    if math.isfinite(found.factor):
+        scale = Scale(found.factor, found.plan, (f"{found.limit} misses its SLO first, in rehearsal",))
+    else:
+        scale = replace(scale, factor=max(scale.factor, BEYOND))
+    fits = scale.factor >= 1
+    done = _plan(case, found.plan, setting.gpus, scale, feasible=fits, rate_scale=min(1.0, scale.factor))
     return replace(done, capacity_percent=found.plan.capacity_percent, notes=(*done.notes, found.note))
 
 

@@ -7,6 +7,7 @@ models with one replica may get another share, the others keep theirs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -23,11 +24,14 @@ from dstack_sched.sim.side_by_side import Shares, side_by_side
 from dstack_sched.sim.study import Case as SimCase
 from dstack_sched.sim.study import within_serving
 
+ENOUGH = 2.0  # where what is in force carries so many times the rates, it stays
+
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """plan: with the shares and the capacity found. factor: largest factor on the rates at which every model
-    keeps its attainment, limit: who misses above. note: one line for the reader."""
+    keeps its attainment, inf where that is not known; limit: who misses above. note: one line for the
+    reader."""
 
     plan: JointPlan
     factor: float
@@ -61,19 +65,16 @@ def rehearsed(case: Case, plan: JointPlan | None, gpus: int) -> Outcome | str:
             return f"rehearsal: {error}"
         if not one.factor:
             return f"rehearsal: no shares keep the SLO of {one.limit}, whatever the rate"
-        if one.factor >= BEYOND and plan is not None:
-            continue
         found.append(one)
         rows |= {task.name: _placed(case, task, gpu, one) for task in here if _is_free(placed, task.name)}
-    if not found:
-        return f"rehearsal: {BEYOND:g} times the rates keep every SLO in simulation"
     least = min(found, key=lambda each: each.factor)
     before = min(each.before for each in found)
     capacity = max(capacity if gpus > 1 else 0.0, *(each.capacity_percent for each in found))
     changed = any(each.changed for each in found)
     what = f"{before:.3g} with the shares it began with" if changed else "no other shares carry more"
+    more = " or more" if least.factor >= BEYOND else ""
     note = (
-        f"rehearsal: {least.factor:.3g} times the rates keep every SLO in simulation ({what}; "
+        f"rehearsal: {least.factor:.3g} times the rates{more} keep every SLO in simulation ({what}; "
         f"{sum(each.trials for each in found)} trials)"
     )
     new = JointPlan(
@@ -81,7 +82,7 @@ def rehearsed(case: Case, plan: JointPlan | None, gpus: int) -> Outcome | str:
         sum(item.demand_percent for each in rows.values() for _, item in each.on),
         plan.gap if plan and not changed else 0.0, least.factor, (),
     )  # fmt: skip
-    return Outcome(new, least.factor, least.limit, note)
+    return Outcome(new, math.inf if more else least.factor, least.limit, note)
 
 
 def _gpus(placed: Placed) -> set[int]:
@@ -100,8 +101,9 @@ def _on_one(case: Case, here: list[JointTask], placed: Mapping[str, Placed], cap
     beside = side_by_side(surfaces, demands, case.interference)
     planned = {name: placed[name].on[0][1].gpu_percent for name in surfaces if name in placed}
     starts = [planned or beside.gpu_percent, beside.gpu_percent]
-    now = {name: case.options.in_force[name] for name in surfaces if name in case.options.in_force}
+    now, enough = {n: p for n, p in case.options.in_force.items() if n in surfaces}, BEYOND
     if len(now) == len(here):
+        enough = ENOUGH
         starts.insert(0, now)
         capacity = max(capacity, sum(now.values()))
     grids = {
@@ -113,7 +115,7 @@ def _on_one(case: Case, here: list[JointTask], placed: Mapping[str, Placed], cap
         Shares(dict(starts[0]), beside.batch_size, 1.0), capacity,
         delays=BUSY_HOST, serving=replace(TRITON_H100, outside_us=0),
     )  # fmt: skip
-    return rehearse(deployed, starts, grids, trials=case.options.rehearsal_trials)
+    return rehearse(deployed, starts, grids, trials=case.options.rehearsal_trials, enough=enough)
 
 
 def _choice(task: JointTask, now: Mapping[str, float]) -> tuple[float, ...]:

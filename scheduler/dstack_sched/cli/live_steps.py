@@ -107,9 +107,12 @@ class LiveSteps:
 
     def plan(self, profiles: ProfileSet, workload: Workload, held: Held, *, lenient: bool) -> Plan:
         names = [model.name for model in workload.models]
-        stated = self._deployment.stated_instances(names)
-        in_force = {name: percent for name, (percent, _) in stated.items()}
-        planning = replace(self._planning, held=held, lenient=lenient, in_force=in_force)
+        planning = replace(self._planning, held=held, lenient=lenient)
+        if held:  # one of several that are weighed: what it carries is wanted, not what else could be had
+            planning = replace(planning, rehearsal_trials=min(1, planning.rehearsal_trials))
+        else:
+            stated = self._deployment.stated_instances(names)
+            planning = replace(planning, in_force={name: percent for name, (percent, _) in stated.items()})
         if self._host is not None:
             where = self._deployment.placement(names)
             planning = replace(planning, host=self._host.host(), current=where)

@@ -101,6 +101,12 @@ def run(
     memory_limits: Annotated[
         bool, typer.Option("--memory-limits", help="Bound the GPU memory of each model's processes (MPS).")
     ] = False,
+    rehearse: Annotated[
+        bool,
+        typer.Option(
+            "--rehearse/--no-rehearse", help="On a GPU: try shares in simulation before they are loaded."
+        ),
+    ] = True,
     time_budget_s: Annotated[
         float, typer.Option("--time-budget-s", help="For profiling one new model.")
     ] = 60.0,
@@ -149,7 +155,12 @@ def run(
             wanted.read,
             prometheus,
             ProfilingOptions(target_error=target_error, time_budget_s=time_budget_s),
-            replace(CONTROL_OPTIONS, gpus=gpus or 1, memory_limits=memory_limits),
+            replace(
+                CONTROL_OPTIONS,
+                gpus=gpus or 1,
+                memory_limits=memory_limits,
+                rehearsal_trials=CONTROL_OPTIONS.rehearsal_trials if rehearse else 0,
+            ),
             host=host,
             settings=ReplanSettings(cooldown_s=cooldown_s, horizon_s=horizon_s),
             forecasting=ForecastSettings(window_s=window_s),

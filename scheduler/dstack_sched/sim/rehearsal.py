@@ -51,9 +51,15 @@ class Rehearsed:
 
 
 def rehearse(
-    case: Case, starts: Sequence[Percents], grids: Mapping[str, Sequence[float]], *, trials: int
+    case: Case,
+    starts: Sequence[Percents],
+    grids: Mapping[str, Sequence[float]],
+    *,
+    trials: int,
+    enough: float = BEYOND,
 ) -> Rehearsed:
-    """The best deployment in about so many trials; the first start where nothing is better by GAIN.
+    """The best deployment in about so many trials; the first start where nothing is better by GAIN, or where
+    it carries `enough` times the rates.
 
     starts: deployments to begin with; the first one, at the capacity of the case, is to be bettered. grids:
     the shares that each model can have, ascending (one: it is held).
@@ -62,11 +68,11 @@ def rehearse(
     first = search.on_grid(starts[0])
     before = search.peak(first, 1.0, SEARCH_SEED)
     best, factor = first, before
-    if factor < BEYOND:
+    if factor < enough:
         for start in _with_stretches(starts):
             tried = search.on_grid(start)._replace(room=ALL_AT_ONCE)
             best, factor = search.better(tried, best, factor)
-        while search.spent < trials and 0 < factor < BEYOND:
+        while search.spent < trials and 0 < factor < enough:
             miss = search.first_to_miss(best, factor)
             found = best
             for move in search.moves(best, miss):
