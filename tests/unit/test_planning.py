@@ -373,6 +373,17 @@ def test_the_verb_rehearses_on_request(files):
     assert isinstance(refused.exception, InputError) and "--rehearse" in str(refused.exception)
 
 
+def test_models_of_which_nobody_knows_what_co_runners_do_to_them_are_not_rehearsed():
+    """Guards against shares of 100% each, which cost nothing where no interference is assumed."""
+    profiles = replace(h100_profiles(), corun=())
+    plan = make_plan(profiles, TIGHT, QUICK)
+    assert "what co-runners do to resnet50, bert is not known yet" in plan.notes[-1]
+    plain = make_plan(profiles, TIGHT, replace(QUICK, rehearsal_trials=0))
+    assert plan == replace(plain, notes=plan.notes)
+    shown = make_plan(replace(profiles, slowdown={"resnet50": 0.5, "bert": 0.4}), TIGHT, QUICK)
+    assert "times the rates" in shown.notes[-1]
+
+
 def test_a_cpu_is_not_rehearsed():
     plan = cpu_plan(60.0, 60.0, rehearsal_trials=20)
     assert plan.feasible and plan.notes[-1] == "rehearsal: of GPUs only, the profiles are of a CPU"

@@ -49,6 +49,12 @@ def rehearsed(case: Case, plan: JointPlan | None, gpus: int) -> Outcome | str:
         return "rehearsal: of GPUs only, the profiles are of a CPU"
     if all(task.slo_ms is None for task in case.tasks):
         return "rehearsal: no model has an SLO"
+    unknown = [task.name for task in case.tasks if task.name not in case.interference.k]
+    if len(case.tasks) > 1 and unknown and case.interference.after is None:
+        return (
+            f"rehearsal: what co-runners do to {', '.join(unknown)} is not known yet; measure it with "
+            "`dstackctl profile measure --corun`, or let service show it"
+        )
     if plan is None and gpus > 1:
         return "rehearsal: there is no plan to begin with"
     placed = {each.task.name: each for each in plan.placed} if plan else {}

@@ -2,9 +2,9 @@
 
 The joint program counts what batches demand; what a share is worth besides depends on who waits for whom,
 and that the simulator knows, with the engine that will be in charge. From several deployments (the plan's,
-the best side by side, both stretched) a search goes on by small moves, and keeps what carries GAIN times the
-rates that the best one so far carries with every model's attainment. All trials of the search see the same
-arrivals; other arrivals decide whether what it found is better than what it began with.
+the best side by side, both stretched) a search goes on by small moves that let more of the worst model's
+requests make it at GAIN times the rates that the best one so far carries. All trials of the search see the
+same arrivals; other arrivals decide whether what it found is better than what it began with.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ REQUESTS, REQUESTS_OF_EACH, MOST_REQUESTS = 6000, 500, 18_000  # of a trial
 SHORTEST_SLOS, LONGEST_S = 50, 10.0
 CHECK_LONGER = 3  # the check lasts so many times as long: queues need time to grow
 LEAST = 0.02  # a deployment that does not carry so much of the rates carries nothing
+STEP = 0.003  # of attainment: less is no progress
 ALL_AT_ONCE = 1  # of ROOMS
 BEYOND = 4.0  # rates this many times higher are no matter
 SEARCH_SEED, CHECK_SEED = 11, 12
@@ -72,19 +73,12 @@ def rehearse(
         for start in _with_stretches(starts):
             tried = search.on_grid(start)._replace(room=ALL_AT_ONCE)
             best, factor = search.better(tried, best, factor)
-        while search.spent < trials and 0 < factor < enough:
-            miss = search.first_to_miss(best, factor)
-            found = best
-            for move in search.moves(best, miss):
-                found, factor = search.better(move, best, factor)
-                if found != best or search.spent >= trials:
-                    break
-            if found == best:
-                break
-            best = found
+        if factor:
+            best, factor = search.climb(best, factor, enough)
+    if best != first:
+        before_it, now = (search.worst(each, max(factor, LEAST), CHECK_SEED) for each in (first, best))
+        best = best if now >= before_it + STEP else first
     checked = search.peak(best, factor, CHECK_SEED)
-    if best != first and (not checked or search.keeps(first, checked / GAIN, CHECK_SEED)):
-        best, checked = first, search.peak(first, checked, CHECK_SEED)
     return Rehearsed(
         search.shares(best), search.deployed(best).capacity_percent, checked, before,
         search.first_to_miss(best, checked), search.spent, best != first,
@@ -164,8 +158,11 @@ class _Search:
             }
         return self._seen[key]
 
+    def worst(self, deployment: _Deployment, factor: float, seed: int = SEARCH_SEED) -> float:
+        return min(self.attainment(deployment, factor, seed).values())
+
     def keeps(self, deployment: _Deployment, factor: float, seed: int) -> bool:
-        return min(self.attainment(deployment, factor, seed).values()) >= self._case.attainment
+        return self.worst(deployment, factor, seed) >= self._case.attainment
 
     def first_to_miss(self, deployment: _Deployment, factor: float) -> str:
         """The model with the least attainment a little above the peak."""
@@ -199,6 +196,26 @@ class _Search:
         if not self.keeps(tried, enough, SEARCH_SEED):
             return best, factor
         return tried, self.peak(tried, enough, SEARCH_SEED)
+
+    def climb(self, best: _Deployment, factor: float, enough: float) -> tuple[_Deployment, float]:
+        """From move to move, each of which lets more of the worst model's requests make it a little above the
+        peak; the last one that lets enough of them, and what it carries."""
+        here, enough_of_each = best, self._case.attainment
+        score = self.worst(here, factor * GAIN)
+        while factor < enough:
+            for move in self.moves(here, self.first_to_miss(here, factor)):
+                if self.spent >= self._trials:
+                    return best, factor
+                reached = self.worst(move, factor * GAIN)
+                if reached >= enough_of_each:
+                    best = move
+                    factor = self.peak(move, factor * GAIN, SEARCH_SEED)
+                if reached >= enough_of_each or reached >= score + STEP:
+                    here, score = move, self.worst(move, factor * GAIN)
+                    break
+            else:
+                return best, factor
+        return best, factor
 
     def moves(self, deployment: _Deployment, miss: str) -> Iterator[_Deployment]:
         """Neighbours, those first that help the model that misses first."""
