@@ -29,7 +29,7 @@ from dstack_sched.engine.registry import POLICIES
 from dstack_sched.engine.run_times import Seen
 from dstack_sched.errors import DstackError
 from dstack_sched.policy.latency import LatencySurface
-from dstack_sched.sim.scenario import BUSY_HOST, TRITON_H100
+from dstack_sched.sim.scenario import BUSY_HOST, TAIL_US, TRITON_H100
 from dstack_sched.sim.study import Case, bounds_of, find_peak, make_case
 
 SIM_SECONDS = 4.0
@@ -37,7 +37,7 @@ SIM_SEEDS = (1, 2)
 GUESS_SECONDS = 1.5
 SERVING_MS = 1.3  # what Triton and client add to a lone run (perf/reports/h100/dataplane.md): until measured
 PREPARE_MS, ANSWER_MS = TRITON_H100.prepare_us / 1000, TRITON_H100.answer_us / 1000
-JITTER_MS = 1.0  # what Triton, Python and client add in one of a hundred requests beyond the usual (0126)
+JITTER_MS = TAIL_US / 1000
 LEARNING = DriftSettings(band=0.05, looks=1)
 LEARN_ROUNDS, LEARN_LOAD = 2, 0.7  # the load: of the peak that is known or expected
 LEVELS_PERCENT = {"off": (), "auto": (25.0, 50.0, 100.0)}
@@ -262,12 +262,19 @@ def plan_at_half(profiles: ProfileSet, wanted: Sum) -> Plan:
     ideal = work_out(replace(wanted, what="bounds", learned=()))
     settings = ReplanSettings()
     settings = replace(settings, load_factor=told.get("load_factor", settings.load_factor))
-    workload = _workload(profiles, cell, wanted.solo, ideal[0] / 2 if ideal else 1000.0)
+    workload = _usual(_workload(profiles, cell, wanted.solo, ideal[0] / 2 if ideal else 1000.0))
     options = replace(CONTROL_OPTIONS, lenient=True, in_force=dict(wanted.in_force))
     if wanted.what == "joint":
         options = replace(options, rehearsal_trials=0)
     plan = make_plan(profiles_of(profiles, cell), with_reserve(workload, settings), options)
     return replace(plan, capacity_percent=told.get("capacity", plan.capacity_percent))
+
+
+def _usual(workload: Workload) -> Workload:
+    """Clients' SLOs again, as if serving took outside what a planner takes for usual."""
+    usual_ms = TRITON_H100.outside_us / 1000
+    models = tuple(replace(d, slo_ms=(d.slo_ms or 0.0) + usual_ms) for d in workload.models)
+    return replace(workload, models=models)
 
 
 def _peak(profiles: ProfileSet, wanted: Sum, alternative: Alternative) -> float | None:

@@ -19,11 +19,13 @@ from dstack_sched.policy.joint_program import JointPlan, Placed
 from dstack_sched.policy.runnable import CPU_DRIVER
 from dstack_sched.sim.gpu import SpeedModel
 from dstack_sched.sim.rehearsal import BEYOND, Rehearsed, rehearse
-from dstack_sched.sim.scenario import BUSY_HOST, TRITON_H100
+from dstack_sched.sim.scenario import BUSY_HOST, TAIL_US, TRITON_H100
 from dstack_sched.sim.side_by_side import Shares, side_by_side
 from dstack_sched.sim.study import Case as SimCase
 from dstack_sched.sim.study import within_serving
 
+# What a request may meet outside: the usual, and what one of a hundred meets.
+OUTSIDE = replace(TRITON_H100, outside_us=TRITON_H100.outside_us + TAIL_US)
 ENOUGH = 2.0  # where what is in force carries so many times the rates, it stays
 
 
@@ -103,7 +105,7 @@ def _is_free(placed: Mapping[str, Placed], name: str) -> bool:
 def _on_one(case: Case, here: list[JointTask], placed: Mapping[str, Placed], capacity: float) -> Rehearsed:
     """One GPU. Errors: InputError, an SLO that serving alone takes up."""
     surfaces = {task.name: task.surface for task in here}
-    demands = tuple(within_serving(_demand(case, task, placed), TRITON_H100) for task in here)
+    demands = tuple(within_serving(_demand(case, task, placed), OUTSIDE) for task in here)
     beside = side_by_side(surfaces, demands, case.interference)
     planned = {name: placed[name].on[0][1].gpu_percent for name in surfaces if name in placed}
     starts = [planned or beside.gpu_percent, beside.gpu_percent]

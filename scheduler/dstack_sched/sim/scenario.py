@@ -59,6 +59,7 @@ class Serving:
 NO_SERVING = Serving()
 # Of 1.0 to 1.7 ms measured for a lone request (perf/reports/h100/dataplane.md); its parts: decisions/0126.
 TRITON_H100 = Serving(outside_us=400, prepare_us=500, answer_us=350)
+TAIL_US = 1000  # what Triton, Python and client add in one of a hundred requests beyond the usual (0126)
 
 
 @dataclass(frozen=True, slots=True)
