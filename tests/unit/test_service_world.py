@@ -61,9 +61,10 @@ def test_a_known_world_is_found_again() -> None:
 
 def test_the_table_has_what_learning_brings() -> None:
     rounds = [{"peak_per_s": 1000.0}, {"peak_per_s": 1500.0}]
+    rivals = {"mps-static": 1200.0, "mps-default": 900.0}
     content = {
         "report": "r", "run_time_error": 0.08, "fitted": {"a": {"factor": 0.8, "slowdown": 0.3}},
-        "cells": [{"cell": "C-2:5", "mps-static_per_s": 1200.0, "dstack": rounds}],
+        "cells": [{"cell": "C-2:5", "rivals_per_s": rivals, "dstack": rounds}],
     }  # fmt: skip
     text = "\n".join(markdown(content))
-    assert "| C-2:5 | 1200 | 1000 | 1500 | - | 1.25 |" in text and "| a | 0.80 | 0.30 |" in text
+    assert "| C-2:5 | 1200 | 900 | 1000 | 1500 | - | 1.25 |" in text and "| a | 0.80 | 0.30 |" in text

@@ -25,7 +25,7 @@ Percents = Mapping[str, float]
 GAIN = 1.05  # below that two deployments are equal: their peaks are not known any better
 STRETCHES = (1.5, 2.0, 0.75)  # of the deployments that it begins with
 REQUESTS, REQUESTS_OF_EACH, MOST_REQUESTS = 6000, 500, 18_000  # of a trial
-SHORTEST_SLOS, LONGEST_S = 50, 10.0
+LEAST_SLOS, SLOS, LONGEST_S = 10, 50, 10.0  # so many times the largest SLO, where not too many requests
 CHECK_LONGER = 3  # the check lasts so many times as long: queues need time to grow
 LEAST = 0.02  # a deployment that does not carry so much of the rates carries nothing
 STEP = 0.003  # of attainment: less is no progress
@@ -59,7 +59,7 @@ def rehearse(
     trials: int,
     enough: float = BEYOND,
 ) -> Rehearsed:
-    """The best deployment in about so many trials; the first start where nothing is better by GAIN, or where
+    """The best deployment in about so many trials; the first start where nothing is clearly better, or where
     it carries `enough` times the rates.
 
     starts: deployments to begin with; the first one, at the capacity of the case, is to be bettered. grids:
@@ -76,8 +76,8 @@ def rehearse(
         if factor:
             best, factor = search.climb(best, factor, enough)
     if best != first:
-        before_it, now = (search.worst(each, max(factor, LEAST), CHECK_SEED) for each in (first, best))
-        best = best if now >= before_it + STEP else first
+        was, now = (search.worst(each, max(factor, LEAST), CHECK_SEED) for each in (first, best))
+        best = best if now >= was + STEP else first
     checked = search.peak(best, factor, CHECK_SEED)
     return Rehearsed(
         search.shares(best), search.deployed(best).capacity_percent, checked, before,
@@ -175,7 +175,7 @@ class _Search:
         at = min(max(near, LEAST), BEYOND)
         while not (low and high):
             if self.keeps(deployment, at, seed):
-                low, at = at, at * step
+                low, at = at, min(at * step, BEYOND)
                 if low >= BEYOND:
                     return low
             else:
@@ -243,5 +243,6 @@ def _seconds(case: Case) -> float:
     rates = [d.rate_per_s for d in case.demands if d.slo_ms is not None and d.rate_per_s > 0]
     total = max(case.total_rate_per_s, 1e-9)
     wanted = max(REQUESTS, min(MOST_REQUESTS, REQUESTS_OF_EACH * total / min(rates, default=total)))
-    shortest_s = SHORTEST_SLOS * max((d.slo_ms or 0.0) for d in case.demands) / 1000
-    return min(max(wanted / total, shortest_s), LONGEST_S)
+    slo_s = max((d.slo_ms or 0.0) for d in case.demands) / 1000
+    most_s = max(MOST_REQUESTS / total, LEAST_SLOS * slo_s)
+    return min(max(wanted / total, SLOS * slo_s), most_s, LONGEST_S)
