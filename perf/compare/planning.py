@@ -216,7 +216,9 @@ def profiles_of(all_profiles: ProfileSet, cell: Cell) -> ProfileSet:
                 )
                 for each in all_profiles.corun
             ]
-    return replace(all_profiles, models=models, corun=tuple(corun))
+    known = all_profiles.slowdown
+    slowdown = {model: known[network_of(model)] for model in cell.models if network_of(model) in known}
+    return replace(all_profiles, models=models, corun=tuple(corun), slowdown=slowdown)
 
 
 def inside(profiles: ProfileSet, solo: Solo, workload: Workload) -> Workload:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "perf"))
 
 from compare import summary
 from compare.alternatives import ALTERNATIVES, Alternative, Served, config_text, server_arguments
-from compare.cells import Cell, arrivals_of
+from compare.cells import Cell, arrivals_of, network_of
 from compare.deployment import stage_means_ms
 from compare.peak import Trial, find_peak
-from compare.planning import Planner
+from compare.planning import Planner, profiles_of
 from compare.report import write
 from compare.stalls import length_s, outside, stretches_of
 from compare.static_search import StaticSearch, candidates
@@ -329,3 +330,11 @@ def test_the_plan_follows_what_was_learned_and_so_does_the_time_to_find_it() -> 
         planner.close()
     known = {"cells": [], "learned": {"c": {"seconds": 20.0, "corrections": {}}}}
     assert summary.time_to_find_s(known, {"c": {"dstack": {"plan_s": 1.5}}}, "c") == 21.5
+
+
+def test_a_copy_suffers_as_its_model_was_seen_to_do() -> None:
+    cell = Cell.parse("C-12:5")
+    copy = next(model for model in cell.models if model != network_of(model))
+    known = replace(read_profiles(PROFILES), slowdown={network_of(copy): 0.25})
+    found = profiles_of(known, cell).slowdown
+    assert found[copy] == 0.25 and set(map(network_of, found)) == {network_of(copy)}

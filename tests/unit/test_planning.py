@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from dstack_sched.adapters.plan_files import read_plan
-from dstack_sched.adapters.profile_files import write_profiles
+from dstack_sched.adapters.profile_files import read_profiles, write_profiles
 from dstack_sched.app.planning import CONTROL_OPTIONS, PlanOptions, explain_plan, make_plan
 from dstack_sched.cli import app, register
 from dstack_sched.domain.plan import Plan
@@ -297,14 +298,15 @@ def test_the_verb_still_prints_the_plan_when_nothing_fits_and_raises_the_line(fi
 # -- rehearsed shares -------------------------------------------------------------------------------------
 
 
-TIGHT = Workload((ModelDemand("resnet50", 16.0, 900.0), ModelDemand("bert", 20.0, 600.0)))
+MEASURED = Path(__file__).parents[2] / "perf" / "reports" / "h100" / "profiles.json"
+TIGHT = Workload((ModelDemand("resnet50", 13.0, 1000.0), ModelDemand("bert_base", 15.0, 700.0)))
 QUICK = replace(CONTROL_OPTIONS, rehearsal_trials=16)
 
 
 def test_the_controller_s_plan_is_rehearsed_and_carries_what_it_says():
     """Simulated with what serving costs, at arrivals of other seeds: the rehearsed shares keep every SLO at
     0.9 of the headroom stated, where those of the joint program alone miss."""
-    profiles = h100_profiles()
+    profiles = read_profiles(MEASURED)
     plain = make_plan(profiles, TIGHT, replace(CONTROL_OPTIONS, rehearsal_trials=0))
     plan = make_plan(profiles, TIGHT, QUICK)
     assert plan.feasible and plan.headroom > 1 and "rehearsal" in plan.notes[-1]
@@ -321,10 +323,10 @@ def test_the_controller_s_plan_is_rehearsed_and_carries_what_it_says():
 
 
 def test_a_plan_begins_with_what_is_in_force_and_leaves_it_where_nothing_is_clearly_better():
-    """Guards against reloads for nothing. 30% and 7% are a bad start; the best ones found stay."""
-    profiles = h100_profiles()
-    bad = make_plan(profiles, TIGHT, replace(QUICK, in_force={"resnet50": 30.0, "bert": 7.0}))
-    assert "with the shares it began with" in bad.notes[-1] and bad.models["bert"].gpu_percent > 7.0
+    """Guards against reloads for nothing. 30% and 10% are a bad start; the best ones found stay."""
+    profiles = read_profiles(MEASURED)
+    bad = make_plan(profiles, TIGHT, replace(QUICK, in_force={"resnet50": 30.0, "bert_base": 10.0}))
+    assert "with the shares it began with" in bad.notes[-1] and bad.models["bert_base"].gpu_percent > 10.0
     best = make_plan(profiles, TIGHT, CONTROL_OPTIONS)
     in_force = {name: row.gpu_percent for name, row in best.models.items()}
     kept = make_plan(profiles, TIGHT, replace(QUICK, in_force=in_force))
@@ -334,17 +336,17 @@ def test_a_plan_begins_with_what_is_in_force_and_leaves_it_where_nothing_is_clea
 
 def test_what_is_held_is_rehearsed_as_it_is():
     """So that the controller weighs a plan without loads against the best one by the same measure."""
-    held = {"resnet50": (30.0, 1), "bert": (40.0, 1)}
-    plan = make_plan(h100_profiles(), TIGHT, replace(QUICK, held=held))
+    held = {"resnet50": (30.0, 1), "bert_base": (40.0, 1)}
+    plan = make_plan(read_profiles(MEASURED), TIGHT, replace(QUICK, held=held))
     assert {n: (r.gpu_percent, len(r.replicas)) for n, r in plan.models.items()} == held
-    best = make_plan(h100_profiles(), TIGHT, QUICK)
+    best = make_plan(read_profiles(MEASURED), TIGHT, QUICK)
     assert plan.headroom <= best.headroom * 1.05 and "rehearsal" in plan.notes[-1]
 
 
 def test_a_rehearsal_on_two_gpus_keeps_every_model_where_it_is():
     options = replace(QUICK, gpus=2)
-    plan = make_plan(h100_profiles(), TIGHT, options)
-    plain = make_plan(h100_profiles(), TIGHT, replace(options, rehearsal_trials=0))
+    plan = make_plan(read_profiles(MEASURED), TIGHT, options)
+    plain = make_plan(read_profiles(MEASURED), TIGHT, replace(options, rehearsal_trials=0))
     assert plan.feasible and len(plan.gpus) == 2
     for name, row in plan.models.items():
         assert [r.gpu for r in row.replicas] == [r.gpu for r in plain.models[name].replicas]
@@ -352,7 +354,7 @@ def test_a_rehearsal_on_two_gpus_keeps_every_model_where_it_is():
 
 @pytest.mark.parametrize("slo_ms", [5.5, 6.0])
 def test_a_plan_is_found_where_the_joint_program_has_none(slo_ms):
-    one = Workload((ModelDemand("resnet50", slo_ms, 20.0), ModelDemand("bert", 2 * slo_ms, 20.0)))
+    one = Workload((ModelDemand("resnet50", slo_ms, 5.0), ModelDemand("bert", 2 * slo_ms, 5.0)))
     assert not make_plan(h100_profiles(), one, replace(CONTROL_OPTIONS, rehearsal_trials=0)).models
     assert make_plan(h100_profiles(), one, QUICK).feasible
 
@@ -360,10 +362,10 @@ def test_a_plan_is_found_where_the_joint_program_has_none(slo_ms):
 def test_the_verb_rehearses_on_request(files):
     (files / "workload.yaml").write_text(
         "models:\n"
-        "  - {name: resnet50, slo_ms: 16, rate_per_s: 900}\n"
-        "  - {name: bert, slo_ms: 20, rate_per_s: 600}\n"
+        "  - {name: resnet50, slo_ms: 13, rate_per_s: 1000}\n"
+        "  - {name: bert_base, slo_ms: 15, rate_per_s: 700}\n"
     )
-    arguments = ("--profiles", files / "profiles.json", "--workload", files / "workload.yaml")
+    arguments = ("--profiles", MEASURED, "--workload", files / "workload.yaml")
     done = _run(*arguments, "--rehearse", "--json", "--out", files / "plan.json")
     assert done.exit_code == 0, done.output
     content = json.loads(done.stdout)
@@ -375,12 +377,12 @@ def test_the_verb_rehearses_on_request(files):
 
 def test_models_of_which_nobody_knows_what_co_runners_do_to_them_are_not_rehearsed():
     """Guards against shares of 100% each, which cost nothing where no interference is assumed."""
-    profiles = replace(h100_profiles(), corun=())
+    profiles = replace(read_profiles(MEASURED), corun=())
     plan = make_plan(profiles, TIGHT, QUICK)
-    assert "what co-runners do to resnet50, bert is not known yet" in plan.notes[-1]
+    assert "what co-runners do to resnet50, bert_base is not known yet" in plan.notes[-1]
     plain = make_plan(profiles, TIGHT, replace(QUICK, rehearsal_trials=0))
     assert plan == replace(plain, notes=plan.notes)
-    shown = make_plan(replace(profiles, slowdown={"resnet50": 0.5, "bert": 0.4}), TIGHT, QUICK)
+    shown = make_plan(replace(profiles, slowdown={"resnet50": 0.5, "bert_base": 0.4}), TIGHT, QUICK)
     assert "times the rates" in shown.notes[-1]
 
 
