@@ -156,7 +156,7 @@ def learn(
     """What runs in service say of a profile, as the controller takes it (app/drift.py), but at one look; None
     where they say nothing new."""
     profile = profiles.models[network]
-    return look(start(profile, known, slowdowns(profiles)[network]), profile, seen, LEARNING).refit
+    return look(start(profile, known, slowdowns(profiles).get(network)), profile, seen, LEARNING).refit
 
 
 def shares_of(plan: Plan) -> tuple[tuple[str, float], ...]:
